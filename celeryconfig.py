@@ -1,0 +1,105 @@
+"""Settings of broker, results, queues and priority: the only file that names Celery options.
+
+Celery imports it in workers, in Flower and in every process that publishes; each option's reason stands beside it.
+"""
+
+import os
+
+from dotenv import find_dotenv, load_dotenv
+from kombu import Exchange, Queue
+from kombu.transport import TRANSPORT_ALIASES
+
+from engines.catalogue import JobType
+from tasks import routing, settings
+
+load_dotenv(find_dotenv(usecwd=True))
+for _scheme in ("redis", "rediss"):
+    TRANSPORT_ALIASES[_scheme] = "tasks.redis_transport:Transport"
+
+_regions = settings.load_regions(os.environ)
+_home = _regions[settings.default_region(os.environ, _regions)]
+
+
+def queues_for(broker: str) -> list[Queue]:
+    """Every region's queues as the broker of that URL holds them.
+
+    On RabbitMQ the topic exchange does the routing: the key is the queue's name. Every process declares the same
+    arguments, or RabbitMQ refuses the second one (celery#8260). On Redis an exchange is kombu's own make-believe: a
+    set of bindings that the publisher reads for each message, and that an emptied server loses, after which messages
+    vanish in silence. There messages go straight to the queue of that name.
+    """
+    amqp = routing.is_amqp(broker)
+    exchange = Exchange(routing.EXCHANGE, type="topic", durable=True) if amqp else Exchange("", type="direct")
+    arguments = {"x-max-priority": routing.PRIORITIES[-1]} if amqp else {}
+    names = [
+        routing.queue_name(region, job_type, pinned=pinned)
+        for region in _regions
+        for job_type in JobType
+        for pinned in (False, True)
+    ]
+    return [Queue(name, exchange, routing_key=name, queue_arguments=arguments) for name in names]
+
+
+broker_url = _home.broker
+task_queues = queues_for(broker_url)
+task_default_queue = routing.queue_name(_home.name, JobType.LLM)
+# A message without a priority counts as 0 on the broker's scale, which on Redis is the most urgent.
+task_default_priority = routing.broker_priority(0, broker_url)
+
+imports = ("tasks.infer", "tasks.boot")
+# With prefork nothing batches, and a child that loads for longer than four seconds is killed in a loop (celery#1715).
+worker_pool = "threads"
+# Late, and one message per slot: what a worker has not begun stays with the broker, ordered by priority.
+task_acks_late = True
+worker_prefetch_multiplier = 1
+# The ledger holds outcomes; a task that stored one would wake waiters with a duplicate's word.
+task_ignore_result = True
+task_reject_on_worker_lost = False
+worker_cancel_long_running_tasks_on_connection_loss = False
+
+# JSON both ways: unpickling a message is running its sender's code.
+task_serializer = result_serializer = event_serializer = "json"
+accept_content = ["json"]
+result_accept_content = ["json"]
+
+# For Flower. Arguments are an id and a number; nothing of a job's content is in any event.
+worker_send_task_events = True
+
+result_backend = _home.store
+# Without it every thread opens a connection pool and a subscription of its own (celery#6819).
+result_backend_thread_safe = True
+result_expires = 3600
+redis_socket_timeout = 5
+redis_socket_connect_timeout = 2
+redis_socket_keepalive = True
+
+broker_connection_retry_on_startup = True
+# For ever: by default a worker gives up on its broker after 100 tries.
+broker_connection_max_retries = None
+broker_pool_limit = 16
+# The row is the outbox: a publish that fails is sent again by the reconciler.
+task_publish_retry = False
+broker_heartbeat = 30
+broker_transport_options = (
+    {
+        # kombu's default has four steps, in which ten priorities mix.
+        "priority_steps": list(routing.PRIORITIES),
+        # Only the last net under a job that was popped and never acknowledged; the lease is the real one.
+        "visibility_timeout": 3600,
+        # Must exceed the transport's blocking pop of 1 s.
+        "socket_timeout": 5,
+        "socket_connect_timeout": 2,
+        "socket_keepalive": True,
+        "health_check_interval": 15,
+        "max_retries": 1,
+    }
+    if not routing.is_amqp(broker_url)
+    else {
+        "confirm_publish": True,
+        "connect_timeout": 2,
+        "max_retries": 1,
+        "interval_start": 0,
+        "interval_step": 0.1,
+        "interval_max": 0.2,
+    }
+)

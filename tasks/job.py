@@ -1,0 +1,92 @@
+"""What crosses a process line: the Job in a message, the Envelope that comes back, and the states of both."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+from engines.catalogue import JobType
+
+#: How often a job is tried before it fails with worker_lost; a job that kills its worker stops here.
+MAX_ATTEMPTS = 3
+
+
+class JobState(StrEnum):
+    """Where a job stands. States only climb: queued, running, then one of the ends."""
+
+    #: Accepted; waits for a worker.
+    QUEUED = "queued"
+    #: A worker has begun it.
+    RUNNING = "running"
+    #: Ended with a result.
+    COMPLETED = "completed"
+    #: Ended with an error.
+    FAILED = "failed"
+    #: Ended because its owner asked.
+    CANCELLED = "cancelled"
+    #: Ended because it waited or ran longer than it may.
+    TIMEOUT = "timeout"
+
+
+LIVE = (JobState.QUEUED, JobState.RUNNING)
+TERMINAL = (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.TIMEOUT)
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """The message of one attempt. Params travel in the store, never here: messages show up in Flower and logs."""
+
+    id: str
+    type: JobType
+    #: 1 for the first try; together with the worker that begins it, the fence for every later write.
+    attempt: int
+
+    @property
+    def task_name(self) -> str:
+        """One Celery task name per job type, so that Flower can tell them apart."""
+        return f"tasks.{self.type}"
+
+    def to_args(self) -> tuple[str, int]:
+        """The task's positional arguments; the type is the task's name."""
+        return (self.id, self.attempt)
+
+
+@dataclass(frozen=True, slots=True)
+class JobError:
+    """Why a job did not complete: a stable code and a sentence."""
+
+    code: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Envelope:
+    """What a worker says became of one attempt."""
+
+    job_id: str
+    attempt: int
+    worker_id: str
+    region: str
+    outcome: JobState
+    #: Seconds the attempt ran, by the worker's monotonic clock.
+    run_s: float
+    result: Mapping[str, Any] | None = None
+    error: JobError | None = None
+
+    def encode(self) -> str:
+        """As JSON text."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def decode(cls, text: str | bytes) -> "Envelope":
+        """The envelope that encode() wrote."""
+        fields = json.loads(text)
+        fields["outcome"] = JobState(fields["outcome"])
+        if fields["error"] is not None:
+            fields["error"] = JobError(**fields["error"])
+        return cls(**fields)
+
+
+class JobFailed(Exception):
+    """The job failed and that has been recorded; raised only so that Flower shows a failure."""

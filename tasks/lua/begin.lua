@@ -1,0 +1,33 @@
+-- A worker asks whether it may run the attempt that a message names.
+-- KEYS: job, sequence, news
+-- ARGV: id, attempt, worker, token of this delivery, most deliveries
+-- Returns {answer, params, timeout in seconds}; params and timeout with RUN only
+local record = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'worker', 'token', 'cancel', 'wait')
+local state, attempt, worker, token, cancel, wait =
+  record[1], record[2], record[3], record[4], record[5], record[6]
+-- No record: cancelled and swept, or the store was emptied. The row knows, and sends again what must run.
+if not state then return {'STALE'} end
+if state == 'ended' then return {'DONE'} end
+if cancel then return {'CANCELLED'} end
+if attempt ~= ARGV[2] then return {'STALE'} end
+if state == 'running' then
+  if worker == ARGV[3] and token == ARGV[4] then
+    -- Our own begin, asked again because its answer was lost on the way.
+    return {'RUN', redis.call('HGET', KEYS[1], 'params'), redis.call('HGET', KEYS[1], 'timeout_s')}
+  end
+  if redis.call('EXISTS', 'lease:' .. worker) == 1 then return {'BUSY'} end
+  redis.call('SREM', 'running:' .. worker, ARGV[1])
+end
+redis.call('ZADD', KEYS[3], redis.call('INCR', KEYS[2]), ARGV[1])
+if redis.call('HINCRBY', KEYS[1], 'deliveries', 1) > tonumber(ARGV[5]) then
+  redis.call('HSET', KEYS[1], 'state', 'poison')
+  redis.call('HDEL', KEYS[1], 'worker', 'token')
+  redis.call('ZREM', wait, ARGV[1])
+  return {'POISON'}
+end
+local time = redis.call('TIME')
+redis.call('HSET', KEYS[1], 'state', 'running', 'worker', ARGV[3], 'token', ARGV[4],
+  'started', time[1] * 1000 + math.floor(time[2] / 1000))
+redis.call('ZREM', wait, ARGV[1])
+redis.call('SADD', 'running:' .. ARGV[3], ARGV[1])
+return {'RUN', redis.call('HGET', KEYS[1], 'params'), redis.call('HGET', KEYS[1], 'timeout_s')}

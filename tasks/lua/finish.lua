@@ -1,0 +1,29 @@
+-- A worker hands in the outcome of an attempt it holds.
+-- KEYS: job, sequence, news, running set of the worker, Celery's result, list that waiters block on, speed
+-- ARGV: id, attempt, worker, envelope, Celery's result entry, seconds to keep, seconds it ran (completed) or ''
+-- Returns 1 if taken, 0 if the fence no longer holds
+local record = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'worker')
+redis.call('SREM', KEYS[4], ARGV[1])
+-- Our own outcome, handed in again because the answer was lost on the way.
+if record[1] == 'ended' and record[2] == ARGV[2] and record[3] == ARGV[3] then return 1 end
+-- A record that is gone (the store was emptied) takes the outcome all the same: the row's own guard decides.
+if record[1] and not (record[1] == 'running' and record[2] == ARGV[2] and record[3] == ARGV[3]) then
+  redis.call('INCR', 'discarded')
+  return 0
+end
+redis.call('HSET', KEYS[1], 'state', 'ended', 'attempt', ARGV[2], 'worker', ARGV[3], 'outcome', ARGV[4])
+redis.call('HDEL', KEYS[1], 'params')
+redis.call('EXPIRE', KEYS[1], ARGV[6])
+redis.call('ZADD', KEYS[3], redis.call('INCR', KEYS[2]), ARGV[1])
+redis.call('SET', KEYS[5], ARGV[5], 'EX', ARGV[6])
+redis.call('PUBLISH', KEYS[5], ARGV[5])
+redis.call('RPUSH', KEYS[6], 1)
+redis.call('EXPIRE', KEYS[6], 60)
+if ARGV[7] ~= '' then
+  -- Running mean that forgets: half the weight after 20 jobs.
+  local n = redis.call('HINCRBY', KEYS[7], 'jobs', 1)
+  local mean = tonumber(redis.call('HGET', KEYS[7], 'mean_s') or '0')
+  local weight = math.max(1 / n, 0.0341)
+  redis.call('HSET', KEYS[7], 'mean_s', tostring(mean + weight * (tonumber(ARGV[7]) - mean)))
+end
+return 1

@@ -1,0 +1,30 @@
+-- Enter one attempt of a job as queued, unless the record already knows better.
+-- KEYS: job, wait index, sequence, epoch
+-- ARGV: id, attempt, rank (9 - priority), params, timeout in seconds, a fresh epoch
+-- Returns {state, place in the index from 0 or -1, epoch}
+local epoch = redis.call('GET', KEYS[4])
+if not epoch then
+  epoch = ARGV[6]
+  redis.call('SET', KEYS[4], epoch)
+end
+local record = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'worker', 'cancel', 'score')
+local state, attempt, worker, cancel, score = record[1], tonumber(record[2] or '0'), record[3], record[4], record[5]
+if cancel then return {'cancelled', -1, epoch} end
+-- An outcome is an outcome, whichever attempt it is of: the row takes it, and nothing has to run again.
+if state == 'ended' then return {'ended', -1, epoch} end
+if state and (attempt > tonumber(ARGV[2]) or (attempt == tonumber(ARGV[2]) and state ~= 'queued')) then
+  return {state, -1, epoch}
+end
+if worker then
+  redis.call('SREM', 'running:' .. worker, ARGV[1])
+  redis.call('HDEL', KEYS[1], 'worker', 'token', 'started')
+end
+if not score then
+  -- Priority first, then the order of arrival; both exact in a double: 10 * 2^48 < 2^53.
+  score = string.format('%.0f', tonumber(ARGV[3]) * 281474976710656 + redis.call('INCR', KEYS[3]))
+end
+redis.call('HSET', KEYS[1], 'state', 'queued', 'attempt', ARGV[2], 'params', ARGV[4], 'timeout_s', ARGV[5],
+  'wait', KEYS[2], 'score', score)
+redis.call('PERSIST', KEYS[1])
+redis.call('ZADD', KEYS[2], score, ARGV[1])
+return {'queued', redis.call('ZRANK', KEYS[2], ARGV[1]), epoch}

@@ -1,0 +1,141 @@
+"""The platform as real processes: workers with the echo engine, the reconciler, and the API's side in this one."""
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from app import control
+from app.dispatch import Dispatch, Request, open_dispatch
+from app.rows import JobRow
+from app.tables import open_database
+from engines.catalogue import JobType
+from tasks import settings
+from tasks.job import JobState
+
+ROOT = Path(__file__).resolve().parent.parent
+READY_S = 40
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Worker:
+    """A real `celery -A tasks worker`."""
+
+    def __init__(self, environ: dict[str, str], log: Path, queues: str) -> None:
+        self.log = log
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "celery", "-A", "tasks", "worker", "-Q", queues, "-n", f"{log.stem}@%h"],
+                cwd=ROOT,
+                env=environ,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+
+    @property
+    def id(self) -> str | None:
+        """Its worker id, once it serves."""
+        found = re.search(r"worker (\S+) serves", self.log.read_text())
+        return found.group(1) if found else None
+
+    def signal(self, number: int) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
+
+    def end(self) -> None:
+        """SIGKILL, whatever state it is in."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.wait()
+
+
+class Platform:
+    """Everything of one test, on its own Valkey and database."""
+
+    def __init__(self, environ: dict[str, str], folder: Path) -> None:
+        self.environ = environ
+        self.folder = folder
+        self.workers: list[Worker] = []
+        regions = settings.load_regions(environ)
+        self.database_url = environ["DATABASE_URL"]
+        self.dispatch: Dispatch = open_dispatch(open_database(self.database_url), regions, "asia-east")
+        self._stopped = threading.Event()
+        self._control: threading.Thread | None = None
+
+    def start_control(self) -> None:
+        """The reconciler, as `python -m app.control` runs it."""
+        self._stopped.clear()
+        self._control = threading.Thread(target=control.run, args=(self.dispatch, self._stopped), daemon=True)
+        self._control.start()
+
+    def stop_control(self) -> None:
+        """No reconciler any more."""
+        self._stopped.set()
+        if self._control is not None:
+            self._control.join()
+
+    def start_worker(self, *, queues: str = "asia-east.llm", wait: bool = True, **environ: str) -> Worker:
+        """A worker, serving when this returns."""
+        log = self.folder / f"worker{len(self.workers)}.log"
+        worker = Worker({**self.environ, **environ}, log, queues)
+        self.workers.append(worker)
+        if wait:
+            self.until(lambda: worker.id is not None or worker.process.poll() is not None, READY_S)
+            assert worker.id is not None, log.read_text()
+        return worker
+
+    def submit(
+        self,
+        text: str,
+        *,
+        priority: int = 0,
+        timeout_seconds: float = 60,
+        queue_timeout_seconds: float | None = None,
+        must_send: bool = False,
+    ) -> JobRow:
+        """A chat job whose last user message is `text`; see engines/echo.py for what it can order."""
+        params = {"messages": [{"role": "user", "content": text}], "max_tokens": 100}
+        request = Request(JobType.LLM, params, priority, None, True, timeout_seconds, queue_timeout_seconds)
+        return self.dispatch.submit("tester", request, must_send=must_send).row
+
+    def status(self, row: JobRow) -> JobState:
+        """What a client that asks now is told."""
+        return self.row(row).status
+
+    def row(self, row: JobRow) -> JobRow:
+        """The job as a client that asks now sees it."""
+        found = self.dispatch.look(row.id)
+        assert found is not None
+        return found
+
+    def ended(self, row: JobRow, seconds: float) -> JobRow:
+        """The job once it has ended, within so many seconds."""
+        last = self.dispatch.wait(row, seconds)
+        assert last.ended, f"{last.status} after {seconds} s"
+        return last
+
+    def until(self, look: Callable[[], object], seconds: float) -> None:
+        """Wait for something to become true; fails if it does not within so many seconds."""
+        end = time.monotonic() + seconds
+        while not look():
+            assert time.monotonic() < end, "it did not happen in time"
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """End everything that was started."""
+        self.stop_control()
+        for worker in self.workers:
+            worker.end()
+        self.dispatch.close()
