@@ -1,0 +1,52 @@
+"""How one asks: the public API."""
+
+import threading
+from typing import Any
+
+from flask import Flask
+from flask.json.provider import DefaultJSONProvider
+
+from app import commands, docs, errors, headers, health, jobs
+from app.auth import Guard
+from app.dispatch import open_dispatch
+from app.keys import Keys
+from app.settings import Settings
+from app.tables import open_database
+
+
+class JsonProvider(DefaultJSONProvider):
+    """Compact JSON in the schemas' order, with Chinese readable and a third of the size."""
+
+    ensure_ascii = False
+    sort_keys = False
+    compact = True
+
+
+def create_app(settings: Settings | None = None) -> Flask:
+    """The API; nothing is connected before it is needed. Without settings, those of the environment."""
+    settings = settings or Settings.from_environ()
+    app = Flask(__name__, static_folder=None)
+    app.json = JsonProvider(app)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+
+    engine = open_database(settings.database_url)
+    keys = Keys(engine)
+    extensions: dict[str, Any] = {
+        "settings": settings,
+        "database": engine,
+        "keys": keys,
+        "dispatch": open_dispatch(engine, settings.regions, settings.default_region),
+        "sync_turns": threading.BoundedSemaphore(settings.sync_waiters),
+        "api": docs.open_api(app),
+    }
+    app.extensions.update(extensions)
+
+    errors.register(app)
+    headers.register(app)
+    app.before_request(Guard(keys, allow_anonymous=settings.allow_anonymous).admit)
+    for blueprint in (jobs.blueprint, health.blueprint):
+        extensions["api"].register_blueprint(blueprint)
+    app.register_blueprint(docs.blueprint)
+    app.cli.add_command(commands.keys)
+    app.cli.add_command(commands.database)
+    return app

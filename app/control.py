@@ -1,0 +1,236 @@
+"""The reconciler: `python -m app.control`. Makes every job end, whatever was lost on the way.
+
+Any number may run; one leads. Nothing here needs the leader to be alone: every change is a compare-and-set, and every
+step can be repeated. Leading only saves work.
+"""
+
+import logging
+import os
+import signal
+import threading
+import time
+import uuid
+from collections.abc import Iterable
+
+from dotenv import find_dotenv, load_dotenv
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.dispatch import Dispatch, open_dispatch
+from app.links import Down, Link, Mailbox
+from app.rows import JobRow
+from app.settings import Settings
+from app.tables import open_database
+from engines.schemas import PARAMS
+from tasks import routing
+from tasks.job import MAX_ATTEMPTS, JobError, JobState
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.25
+LEAD_S = 5.0
+BATCH = 200
+#: Sends to a region that cannot be reached are tried again after this long.
+POSTPONE_S = 2.0
+#: How often the broker's queues are compared with the ledger's.
+COMPARE_EVERY_S = 5.0
+#: When a message may be thought lost at the earliest, and at which age the tries stop becoming rarer.
+RESEND_FIRST_S = 15.0
+RESEND_MOST_S = 900.0
+
+
+class Reconciler:
+    """One look at everything that may have got stuck, and the mending of it, at every tick()."""
+
+    def __init__(self, dispatch: Dispatch) -> None:
+        self._dispatch = dispatch
+        self._rows = dispatch.rows
+        self._compared_at = float("-inf")
+        #: Messages that each queue seemed to lack at the last comparison.
+        self._lacking: dict[str, int] = {}
+
+    def tick(self) -> None:
+        """Raises SQLAlchemyError while the database is away; a region that is away is passed over."""
+        for mailbox in {id(link.mailbox): link.mailbox for link in self._dispatch.links.values()}.values():
+            regions = [name for name, link in self._dispatch.links.items() if link.mailbox is mailbox]
+            try:
+                self.fold_news(mailbox)
+                self.retry_lost(mailbox)
+                self.refill(mailbox, regions)
+            except Down as down:
+                logger.debug("%s", down)
+        self.expire()
+        self.send_due()
+        if time.monotonic() - self._compared_at >= COMPARE_EVERY_S:
+            self._compared_at = time.monotonic()
+            self.resend_missing()
+
+    def fold_news(self, mailbox: Mailbox) -> None:
+        """Copy into the rows what workers have begun, finished and given back."""
+        while True:
+            with mailbox.breaker:
+                job_ids, mark = mailbox.ledger.news(BATCH)
+                if not job_ids:
+                    return
+                rows = self._rows.get_all(job_ids)
+                records = mailbox.ledger.look_all([job_id for job_id, row in rows.items() if not row.ended])
+            for job_id, record in records.items():
+                row = self._dispatch.fold(rows[job_id], record)
+                rows[job_id] = row
+                if record.state == "queued" and not row.ended:
+                    self._rows.send_again(job_id)
+            with mailbox.breaker:
+                ended = [job_id for job_id in job_ids if job_id not in rows or rows[job_id].ended]
+                mailbox.ledger.forget(ended)
+                mailbox.ledger.settle(mark)
+            if len(job_ids) < BATCH:
+                return
+
+    def retry_lost(self, mailbox: Mailbox) -> None:
+        """Take jobs from workers whose lease has ended: the next attempt, or the end if there were enough."""
+        with mailbox.breaker:
+            orphans = mailbox.ledger.orphans()
+            records = mailbox.ledger.look_all([job_id for _, job_id in orphans])
+        if not orphans:
+            return
+        rows = self._rows.get_all([job_id for _, job_id in orphans])
+        for worker_id, job_id in orphans:
+            row, record = rows.get(job_id), records.get(job_id)
+            held = record is not None and record.state == "running" and record.worker_id == worker_id
+            if row is not None and not row.ended and held and record is not None:
+                self._lose(row, record.attempt, worker_id)
+            with mailbox.breaker:
+                mailbox.ledger.bury(worker_id, job_id)
+
+    def refill(self, mailbox: Mailbox, regions: Iterable[str]) -> None:
+        """After a store came back empty: everything that it held is due again."""
+        with mailbox.breaker:
+            epoch = mailbox.ledger.epoch()
+        for region in regions:
+            rows = self._rows.of_other_epochs(region, epoch, BATCH)
+            for row in rows:
+                if row.status is JobState.RUNNING:
+                    # Whoever runs it may not know yet; the new attempt fences it.
+                    self._rows.next_attempt(row.id, attempt=row.attempt)
+                else:
+                    self._rows.send_again(row.id)
+            if rows:
+                logger.warning("the store of %s is in a new life; %d jobs are sent again", region, len(rows))
+
+    def expire(self) -> None:
+        """End jobs that waited or ran for too long."""
+        for row in self._rows.waited_too_long(BATCH):
+            self._dispatch.give_up(row)
+        for row in self._rows.ran_too_long(BATCH):
+            known = self._dispatch.look(row.id)
+            if known is not None and known.status is JobState.RUNNING:
+                message = f"It ran longer than {row.timeout_seconds:g} s, and its worker did not say so."
+                self._dispatch.end(known, JobState.TIMEOUT, JobError("run_timeout", message))
+
+    def send_due(self) -> None:
+        """Publish what is not proven to be published; tell the ledger of ends it has not heard of."""
+        down: set[str] = set()
+        while True:
+            rows = self._rows.due(BATCH)
+            for row in rows:
+                if row.region in down:
+                    continue
+                try:
+                    if row.ended:
+                        self._dispatch.tell(row)
+                    else:
+                        self._dispatch.send(row)
+                except Down as error:
+                    logger.debug("%s", error)
+                    down.add(row.region)
+            # Marked here and not by the batching thread, or the same rows would be due again at once.
+            self._dispatch.flush()
+            held = [row.id for row in rows if row.region in down]
+            if held:
+                self._rows.postpone(held, POSTPONE_S)
+            if len(rows) < BATCH:
+                return
+
+    def resend_missing(self) -> None:
+        """Send again what waits in the ledger while the broker holds fewer messages than that, twice in a row."""
+        lacking: dict[str, int] = {}
+        for link in self._dispatch.links.values():
+            try:
+                lacking.update(self._compare(link))
+            except Down as down:
+                logger.debug("%s", down)
+        for name, missing in lacking.items():
+            both = min(missing, self._lacking.get(name, 0))
+            if both <= 0:
+                continue
+            region, job_type = routing.split_queue(name)
+            rows = self._rows.long_unbegun(
+                region, job_type, first_s=RESEND_FIRST_S, most_s=RESEND_MOST_S, limit=min(both, BATCH)
+            )
+            for row in rows:
+                self._rows.send_again(row.id)
+            if rows:
+                logger.warning("queue %s lacks %d messages; %d jobs are sent again", name, both, len(rows))
+        self._lacking = lacking
+
+    def _compare(self, link: Link) -> dict[str, int]:
+        """By queue: jobs that wait in the ledger less messages that wait in the broker."""
+        names = [routing.queue_name(link.region.name, job_type) for job_type in PARAMS]
+        with link.mailbox.breaker:
+            waiting = link.mailbox.ledger.depths(names)
+        names = [name for name in names if waiting[name]]
+        if not names:
+            return {}
+        pinned = {name: f"{name}.local" for name in names}
+        with link.broker.breaker:
+            held = link.broker.publisher.depths([*names, *pinned.values()])
+        return {name: waiting[name] - held[name] - held[pinned[name]] for name in names}
+
+    def _lose(self, row: JobRow, attempt: int, worker_id: str) -> None:
+        if attempt >= MAX_ATTEMPTS:
+            message = f"It was tried {attempt} times, and each time its worker was lost."
+            self._dispatch.end(row, JobState.FAILED, JobError("worker_lost", message))
+        elif self._rows.next_attempt(row.id, attempt=attempt):
+            logger.warning("worker %s is lost; job %s goes into attempt %d", worker_id, row.id, attempt + 1)
+
+
+def run(dispatch: Dispatch, stopped: threading.Event, *, holder: str | None = None) -> None:
+    """Reconcile while we lead, until stopped is set. A database that is away is waited for."""
+    me = holder or uuid.uuid4().hex
+    reconciler = Reconciler(dispatch)
+    leading = False
+    lead_until = 0.0
+    while not stopped.wait(TICK_S):
+        try:
+            if time.monotonic() > lead_until - LEAD_S / 2:
+                led, leading = leading, dispatch.rows.lead(me, LEAD_S)
+                lead_until = time.monotonic() + LEAD_S
+                if leading and not led:
+                    logger.info("control %s leads", me[:8])
+            if leading:
+                reconciler.tick()
+        except SQLAlchemyError as error:
+            logger.error("the database is away: %s", error)
+            lead_until = 0.0
+            stopped.wait(1.0)
+        except Exception:
+            # One tick that fails must not end what makes every job end.
+            logger.exception("a tick failed")
+            stopped.wait(1.0)
+
+
+def main() -> None:
+    """Entry of `python -m app.control`; ends on SIGINT and SIGTERM."""
+    load_dotenv(find_dotenv(usecwd=True))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    settings = Settings.from_environ(os.environ)
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    dispatch = open_dispatch(open_database(settings.database_url), settings.regions, settings.default_region)
+    logger.info("control is up")
+    run(dispatch, stopped)
+    dispatch.close()
+
+
+if __name__ == "__main__":
+    main()

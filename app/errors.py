@@ -1,0 +1,230 @@
+"""What goes wrong at the HTTP edge, answered as application/problem+json (RFC 9457).
+
+    Problem                     status, code for programs, detail for people; fields by name where input is at fault
+    ├── MalformedBody           400 malformed_body
+    ├── KeyRequired             401 key_required
+    ├── KeyRefused              401 key_refused
+    ├── ScopeMissing            403 scope_missing
+    ├── JobNotFound             404 job_not_found
+    ├── JobEnded                409 job_ended
+    ├── NotJson                 415 not_json
+    ├── Invalid                 422 validation_failed
+    ├── KeyReused               422 idempotency_key_reused
+    └── Busy                    503, with Retry-After
+
+Errors of the rooms below are translated here and nowhere else. The one broad handler logs the traceback.
+"""
+
+import json
+import logging
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from flask import Flask, Response, current_app, g, request
+from sqlalchemy.exc import InterfaceError, OperationalError, ProgrammingError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+
+from app.dispatch import Unavailable
+from app.rows import IdempotencyConflict
+
+logger = logging.getLogger(__name__)
+
+MEDIA_TYPE = "application/problem+json"
+#: A database that is locked or restarting is usually back by then.
+DATABASE_RETRY_S = 2
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+
+
+class Problem(Exception):
+    """One request that cannot be answered as asked."""
+
+    status = HTTPStatus.BAD_REQUEST
+    code = "bad_request"
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        errors: Mapping[str, Sequence[str]] | None = None,
+        headers: Mapping[str, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        """errors: messages by dotted field path. extra: further members of the body."""
+        super().__init__(detail)
+        self.detail = detail
+        self.errors = errors
+        self.headers = dict(headers or {})
+        self.extra = dict(extra or {})
+
+
+class MalformedBody(Problem):
+    """The body is no JSON object."""
+
+    code = "malformed_body"
+
+
+class KeyRequired(Problem):
+    """A key must be sent."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    code = "key_required"
+
+    def __init__(self, detail: str) -> None:
+        super().__init__(detail, headers={"WWW-Authenticate": "Bearer"})
+
+
+class KeyRefused(KeyRequired):
+    """The key is unknown, expired or revoked."""
+
+    code = "key_refused"
+
+
+class ScopeMissing(Problem):
+    """The key is right, but not made for this."""
+
+    status = HTTPStatus.FORBIDDEN
+    code = "scope_missing"
+
+
+class JobNotFound(Problem):
+    """No such job, or somebody else's: the same answer, so that ids cannot be probed."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "job_not_found"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"There is no job {job_id[:64]!r} among yours.")
+
+
+class JobEnded(Problem):
+    """The job had its outcome already."""
+
+    status = HTTPStatus.CONFLICT
+    code = "job_ended"
+
+    def __init__(self, job_id: str, state: str) -> None:
+        super().__init__(f"Job {job_id} cannot be cancelled: it is {state}.", extra={"job_status": state})
+
+
+class NotJson(Problem):
+    """The body's type is none that is read."""
+
+    status = HTTPStatus.UNSUPPORTED_MEDIA_TYPE
+    code = "not_json"
+
+
+class Invalid(Problem):
+    """The request is well formed, but breaks a rule."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "validation_failed"
+
+    def __init__(self, errors: Mapping[str, Sequence[str]], *, left_out: int = 0) -> None:
+        """left_out: how many further fields are wrong."""
+        field, messages = next(iter(errors.items()))
+        more = len(errors) - 1 + left_out
+        super().__init__(f"{field}: {messages[0]}" + (f" ({more} more)" if more else ""), errors=errors)
+
+
+class KeyReused(Problem):
+    """The idempotency key belongs to another request."""
+
+    status = HTTPStatus.UNPROCESSABLE_ENTITY
+    code = "idempotency_key_reused"
+
+
+class Busy(Problem):
+    """It cannot be done now; the same request may work later."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+
+    def __init__(self, code: str, detail: str, *, retry_after_s: int) -> None:
+        super().__init__(detail, headers={"Retry-After": str(retry_after_s)})
+        self.code = code
+
+
+def request_id() -> str:
+    """This request's id: the client's own X-Request-ID where it is a sane one, else a new one."""
+    known: str | None = g.get("request_id")
+    if known is None:
+        given = request.headers.get("X-Request-ID", "")
+        known = g.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return known
+
+
+def register(app: Flask) -> None:
+    """Make every error of the app a problem."""
+    for kind in (OperationalError, InterfaceError, ProgrammingError, PoolTimeout):
+        app.register_error_handler(kind, _database_away)
+    app.register_error_handler(Problem, _answer)
+    app.register_error_handler(Unavailable, _unavailable)
+    app.register_error_handler(IdempotencyConflict, _key_reused)
+    app.register_error_handler(HTTPException, _http)
+    app.register_error_handler(Exception, _unexpected)
+
+
+def _answer(problem: Problem) -> Response:
+    status = HTTPStatus(problem.status)
+    body: dict[str, Any] = {
+        "type": "about:blank",
+        "title": status.phrase,
+        "status": status.value,
+        "detail": problem.detail,
+        "code": problem.code,
+        "request_id": request_id(),
+        **problem.extra,
+    }
+    if problem.errors is not None:
+        body["errors"] = {field: list(messages) for field, messages in problem.errors.items()}
+    # ASCII: a field's name may hold a lone surrogate, which UTF-8 cannot carry.
+    return Response(json.dumps(body), status.value, problem.headers, content_type=MEDIA_TYPE)
+
+
+def _unavailable(error: Unavailable) -> Response:
+    return _answer(Busy(error.code, error.message, retry_after_s=error.retry_after_s))
+
+
+def _key_reused(_: IdempotencyConflict) -> Response:
+    return _answer(KeyReused("This Idempotency-Key was sent with another request before; use a new one."))
+
+
+def _database_away(error: Exception) -> Response:
+    # Not the error itself: its text holds the statement's parameters, prompts among them.
+    logger.error(
+        "request %s: the database cannot be used: %s", request_id(), getattr(error, "orig", None) or type(error)
+    )
+    detail = "The database cannot be used right now. Send the request again; a create, with an Idempotency-Key."
+    return _answer(Busy("database_unavailable", detail, retry_after_s=DATABASE_RETRY_S))
+
+
+def _http(error: HTTPException) -> Response:
+    status = HTTPStatus(error.code or 500)
+    if isinstance(error, RequestEntityTooLarge):
+        limit = current_app.config["MAX_CONTENT_LENGTH"]
+        problem = Problem(f"The body may have at most {limit} bytes.")
+        problem.code = "body_too_large"
+    elif status is HTTPStatus.NOT_FOUND:
+        problem = Problem(f"There is nothing at {request.path[:200]!r}; /docs lists what there is.")
+        problem.code = "not_found"
+    elif status is HTTPStatus.METHOD_NOT_ALLOWED:
+        allowed = ", ".join(sorted(getattr(error, "valid_methods", None) or ()))
+        problem = Problem(f"{request.method} is not allowed here; allowed: {allowed}.", headers={"Allow": allowed})
+        problem.code = "method_not_allowed"
+    else:
+        problem = Problem(error.description or status.phrase)
+        problem.code = status.name.lower()
+    problem.status = status
+    return _answer(problem)
+
+
+def _unexpected(error: Exception) -> Response:
+    logger.error("request %s failed", request_id(), exc_info=error)
+    problem = Problem("The server failed; its log has the details under this request_id.")
+    problem.status = HTTPStatus.INTERNAL_SERVER_ERROR
+    problem.code = "internal_error"
+    return _answer(problem)

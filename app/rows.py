@@ -1,0 +1,398 @@
+"""Every change of a job's row: each one statement that names the state it expects.
+
+The row is the only truth of a job and its outbox. Zero changed rows mean that somebody else was faster; the loser's
+outcome is dropped.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from typing import Any
+
+from sqlalchemy import ColumnElement, Double, Engine, and_, bindparam, case, func, or_, select
+from sqlalchemy import delete as sql_delete
+from sqlalchemy import insert as sql_insert
+from sqlalchemy import update as sql_update
+from sqlalchemy.exc import IntegrityError
+
+from app.tables import jobs, leadership, now
+from engines.catalogue import JobType
+from tasks.job import LIVE, Envelope, JobError, JobState
+
+#: A job whose publish nobody proved is sent by the reconciler after this long.
+UNPROVEN_S = 2.0
+#: A silent worker's job times out this much later than the worker itself would have ended it.
+RUN_GRACE_S = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """A job as SQL has it; times are unix seconds, params and result JSON text."""
+
+    id: str
+    owner: str
+    type: JobType
+    params: str
+    priority: int
+    region_wanted: str | None
+    region: str
+    allow_cross_region: bool
+    timeout_seconds: float
+    queue_deadline: float | None
+    status: JobState
+    attempt: int
+    version: int
+    created_at: float
+    started_at: float | None
+    completed_at: float | None
+    worker_id: str | None
+    result: str | None
+    error_code: str | None
+    error_message: str | None
+    fingerprint: str | None
+    sends: int
+    withdrawn: bool
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has its outcome."""
+        return self.status not in LIVE
+
+
+class IdempotencyConflict(Exception):
+    """The idempotency key belongs to a job with another request."""
+
+
+def fingerprint_of(request: Mapping[str, Any]) -> str:
+    """SHA-256 of a request in canonical form."""
+    return hashlib.sha256(json.dumps(request, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+_COLUMNS = [jobs.c[field.name] for field in fields(JobRow)]
+# Written into the statement, not bound: a bound value would not match the condition of a partial index.
+_LIVE = jobs.c.status.in_(bindparam("live", [str(state) for state in LIVE], expanding=True, literal_execute=True))
+_QUEUED = jobs.c.status == str(JobState.QUEUED)
+_started = bindparam("started", type_=Double)
+# The store's clock may be behind the database's; nobody shall see a job start before it was made.
+_STARTED_AT = case((jobs.c.created_at > _started, jobs.c.created_at), else_=func.coalesce(_started, now()))
+
+# The statements of every single job are built once: building one costs more than SQLite takes to run it.
+_GET = select(*_COLUMNS).where(jobs.c.id == bindparam("job"), jobs.c.withdrawn.is_(False))
+_INSERT = (
+    sql_insert(jobs)
+    .values(
+        id=bindparam("id"),
+        owner=bindparam("owner"),
+        type=bindparam("type"),
+        params=bindparam("params"),
+        priority=bindparam("priority"),
+        region_wanted=bindparam("region_wanted"),
+        region=bindparam("region"),
+        allow_cross_region=bindparam("allow_cross_region"),
+        timeout_seconds=bindparam("timeout_seconds"),
+        idempotency_key=bindparam("idempotency_key"),
+        fingerprint=bindparam("fingerprint"),
+        status=str(JobState.QUEUED),
+        attempt=1,
+        version=1,
+        created_at=now(),
+        queue_deadline=now() + bindparam("queue_timeout_seconds", type_=Double),
+        due_at=now() + UNPROVEN_S,
+        sends=0,
+        withdrawn=False,
+    )
+    .returning(*_COLUMNS)
+)
+_BEGUN = (
+    sql_update(jobs)
+    .where(jobs.c.id == bindparam("job"), _QUEUED, jobs.c.attempt == bindparam("of_attempt"))
+    .values(
+        version=jobs.c.version + 1,
+        status=str(JobState.RUNNING),
+        worker_id=bindparam("worker"),
+        started_at=_STARTED_AT,
+        run_deadline=_STARTED_AT + jobs.c.timeout_seconds + RUN_GRACE_S,
+        # due_at stays: that it was sent, and into which life of the store, is for sent() to write.
+    )
+    .returning(*_COLUMNS)
+)
+_ENDED = (
+    sql_update(jobs)
+    .where(jobs.c.id == bindparam("job"), _LIVE)
+    .values(
+        version=jobs.c.version + 1,
+        status=bindparam("outcome"),
+        worker_id=bindparam("worker"),
+        region=bindparam("in_region"),
+        started_at=func.coalesce(jobs.c.started_at, _STARTED_AT),
+        completed_at=now(),
+        result=bindparam("answer"),
+        error_code=bindparam("code"),
+        error_message=bindparam("message"),
+        due_at=None,
+    )
+    .returning(*_COLUMNS)
+)
+
+
+class Rows:
+    """The jobs table. Raises sqlalchemy.exc.OperationalError when the database is away or locked for too long."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        # SQLite has one writer at a time; threads of one process queue here instead of polling for its lock.
+        self._turn: Any = threading.Lock() if engine.dialect.name == "sqlite" else nullcontext()
+
+    # Reading
+
+    def get(self, job_id: str, owner: str | None = None) -> JobRow | None:
+        """The job, if it exists and is the owner's; owner None is anybody's."""
+        with self._engine.connect() as connection:
+            found = connection.execute(_GET, {"job": job_id}).first()
+        row = _row(found) if found else None
+        return row if row is None or owner is None or row.owner == owner else None
+
+    def get_all(self, job_ids: Sequence[str]) -> dict[str, JobRow]:
+        """The jobs there are, by id, withdrawn ones too."""
+        with self._engine.connect() as connection:
+            found = connection.execute(select(*_COLUMNS).where(jobs.c.id.in_(job_ids)))
+            return {row.id: row for row in map(_row, found)}
+
+    def page(
+        self,
+        owner: str | None,
+        *,
+        status: JobState | None = None,
+        type: JobType | None = None,
+        region: str | None = None,
+        created_after: float | None = None,
+        limit: int = 50,
+        before: tuple[float, str] | None = None,
+    ) -> list[JobRow]:
+        """Jobs, newest first; before: the (created_at, id) of the last one already seen."""
+        query = select(*_COLUMNS).where(jobs.c.withdrawn.is_(False))
+        wanted = {jobs.c.owner: owner, jobs.c.status: status, jobs.c.type: type, jobs.c.region: region}
+        for column, value in wanted.items():
+            if value is not None:
+                query = query.where(column == str(value))
+        if created_after is not None:
+            query = query.where(jobs.c.created_at > created_after)
+        if before is not None:
+            at, job_id = before
+            query = query.where(or_(jobs.c.created_at < at, and_(jobs.c.created_at == at, jobs.c.id < job_id)))
+        return self._some(query.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()), limit)
+
+    # A job's life
+
+    def insert(
+        self,
+        job_id: str,
+        *,
+        owner: str,
+        type: JobType,
+        params: str,
+        priority: int,
+        region_wanted: str | None,
+        region: str,
+        allow_cross_region: bool,
+        timeout_seconds: float,
+        queue_timeout_seconds: float | None,
+        idempotency_key: str | None,
+        fingerprint: str | None,
+    ) -> tuple[JobRow, bool]:
+        """The new job, or the one that the owner's idempotency key already made; True if it is new.
+
+        Raises IdempotencyConflict if that one had another fingerprint.
+        """
+        values = {
+            "id": job_id,
+            "owner": owner,
+            "type": str(type),
+            "params": params,
+            "priority": priority,
+            "region_wanted": region_wanted,
+            "region": region,
+            "allow_cross_region": allow_cross_region,
+            "timeout_seconds": timeout_seconds,
+            "queue_timeout_seconds": queue_timeout_seconds,
+            "idempotency_key": idempotency_key,
+            "fingerprint": fingerprint,
+        }
+        try:
+            with self._turn, self._engine.connect() as connection:
+                return _row(connection.execute(_INSERT, values).one()), True
+        except IntegrityError:
+            if idempotency_key is None:
+                raise
+        query = select(*_COLUMNS).where(jobs.c.owner == owner, jobs.c.idempotency_key == idempotency_key)
+        with self._engine.connect() as connection:
+            earlier = _row(connection.execute(query).one())
+        if earlier.fingerprint != fingerprint:
+            raise IdempotencyConflict
+        return earlier, False
+
+    def begun(self, job_id: str, *, attempt: int, worker_id: str | None, started_at: float | None) -> JobRow | None:
+        """queued -> running, for the attempt that a worker began; None if the race was lost."""
+        values = {"job": job_id, "of_attempt": attempt, "worker": worker_id, "started": started_at}
+        return self._returning(_BEGUN, values)
+
+    def end_with(self, envelope: Envelope, *, started_at: float | None) -> JobRow | None:
+        """queued or running -> what a worker says became of it; None if the job had ended before."""
+        error = envelope.error
+        values = {
+            "job": envelope.job_id,
+            "outcome": str(envelope.outcome),
+            "worker": envelope.worker_id,
+            "in_region": envelope.region,
+            "started": started_at,
+            "answer": None if envelope.result is None else json.dumps(envelope.result, separators=(",", ":")),
+            "code": error.code if error else None,
+            "message": error.message if error else None,
+        }
+        return self._returning(_ENDED, values)
+
+    def end(self, job_id: str, outcome: JobState, *, error: JobError, status: JobState | None = None) -> JobRow | None:
+        """queued or running -> an outcome that no worker reported; the ledger is told afterwards (due at once).
+
+        status: only if the job stands there.
+        """
+        expected = [] if status is None else [jobs.c.status == str(status)]
+        return self._change(
+            jobs.c.id == job_id,
+            _LIVE,
+            *expected,
+            status=str(outcome),
+            completed_at=now(),
+            due_at=now(),
+            error_code=error.code,
+            error_message=error.message,
+        )
+
+    def cancel(self, job_id: str) -> JobRow | None:
+        """queued or running -> cancelled; the ledger is told afterwards (due at once)."""
+        return self._change(
+            jobs.c.id == job_id, _LIVE, status=str(JobState.CANCELLED), completed_at=now(), due_at=now()
+        )
+
+    def next_attempt(self, job_id: str, *, attempt: int) -> JobRow | None:
+        """The attempt was lost: the next one is due at once. The public state stays what it is."""
+        return self._change(jobs.c.id == job_id, _LIVE, jobs.c.attempt == attempt, attempt=attempt + 1, due_at=now())
+
+    def withdraw(self, job_id: str) -> bool:
+        """Take back a job that nobody was told of; False if it is running or has ended already."""
+        row = self._change(
+            jobs.c.id == job_id,
+            _QUEUED,
+            status=str(JobState.CANCELLED),
+            completed_at=now(),
+            due_at=now(),
+            withdrawn=True,
+            idempotency_key=None,
+        )
+        return row is not None
+
+    # The outbox
+
+    def send_again(self, job_id: str) -> JobRow | None:
+        """Make a live job due now."""
+        return self._change(jobs.c.id == job_id, _LIVE, due_at=now())
+
+    def sent(self, jobs_sent: Iterable[tuple[str, int]], *, epoch: str) -> None:
+        """The attempts of these (id, attempt) are entered in the store of that epoch, and their messages are out."""
+        by_attempt: dict[int, list[str]] = {}
+        for job_id, attempt in jobs_sent:
+            by_attempt.setdefault(attempt, []).append(job_id)
+        for attempt, ids in by_attempt.items():
+            self._write(
+                sql_update(jobs)
+                .where(jobs.c.id.in_(ids), _LIVE, jobs.c.attempt == attempt)
+                .values(due_at=None, sent_at=now(), sends=jobs.c.sends + 1, store_epoch=epoch)
+            )
+
+    def told(self, job_id: str) -> None:
+        """The ledger knows of the end that no worker reported."""
+        self._write(sql_update(jobs).where(jobs.c.id == job_id, ~_LIVE).values(due_at=None))
+
+    def remove(self, job_id: str) -> None:
+        """A withdrawn job that the ledger has forgotten leaves no trace."""
+        self._write(sql_delete(jobs).where(jobs.c.id == job_id, jobs.c.withdrawn.is_(True)))
+
+    def due(self, limit: int) -> list[JobRow]:
+        """What the reconciler has to act on, most urgent first."""
+        query = select(*_COLUMNS).where(jobs.c.due_at <= now())
+        return self._some(query.order_by(jobs.c.priority.desc(), jobs.c.created_at), limit)
+
+    def postpone(self, job_ids: Sequence[str], seconds: float) -> None:
+        """Try these again later: their region cannot be reached."""
+        self._write(sql_update(jobs).where(jobs.c.id.in_(job_ids)).values(due_at=now() + seconds))
+
+    # What the reconciler looks for
+
+    def waited_too_long(self, limit: int) -> list[JobRow]:
+        """Queued jobs past their queue deadline."""
+        return self._some(select(*_COLUMNS).where(_LIVE, _QUEUED, jobs.c.queue_deadline <= now()), limit)
+
+    def ran_too_long(self, limit: int) -> list[JobRow]:
+        """Running jobs past their run deadline and grace."""
+        return self._some(select(*_COLUMNS).where(_LIVE, jobs.c.run_deadline <= now()), limit)
+
+    def of_other_epochs(self, region: str, epoch: str, limit: int) -> list[JobRow]:
+        """Live jobs that were entered into an earlier life of the region's store, and are not due anyway."""
+        # Two ranges, where <> could not use the index.
+        other = or_(jobs.c.store_epoch < epoch, jobs.c.store_epoch > epoch)
+        query = select(*_COLUMNS).where(_LIVE, jobs.c.region == region, other, jobs.c.due_at.is_(None))
+        return self._some(query, limit)
+
+    def long_unbegun(
+        self, region: str, job_type: JobType, *, first_s: float, most_s: float, limit: int
+    ) -> list[JobRow]:
+        """Queued jobs sent a while ago, oldest first; the wait grows with the square of the sends, up to most_s."""
+        growing = first_s * jobs.c.sends * jobs.c.sends
+        query = select(*_COLUMNS).where(
+            _LIVE,
+            _QUEUED,
+            jobs.c.region == region,
+            jobs.c.type == str(job_type),
+            jobs.c.sent_at < now() - case((growing > most_s, most_s), else_=growing),
+            jobs.c.due_at.is_(None),
+        )
+        return self._some(query.order_by(jobs.c.sent_at), limit)
+
+    def lead(self, holder: str, seconds: float) -> bool:
+        """Whether `holder` leads for the next seconds: it did before, or nobody does."""
+        until = now() + seconds
+        free = or_(leadership.c.holder == holder, leadership.c.until < now())
+        if self._write(sql_update(leadership).where(leadership.c.id == 1, free).values(holder=holder, until=until)):
+            return True
+        try:
+            self._write(sql_insert(leadership).values(id=1, holder=holder, until=until))
+        except IntegrityError:
+            return False
+        return True
+
+    def _change(self, *conditions: ColumnElement[bool], **values: Any) -> JobRow | None:
+        statement = sql_update(jobs).where(*conditions).values(version=jobs.c.version + 1, **values)
+        return self._returning(statement.returning(*_COLUMNS), {})
+
+    def _returning(self, statement: Any, values: Mapping[str, Any]) -> JobRow | None:
+        with self._turn, self._engine.connect() as connection:
+            changed = connection.execute(statement, values).first()
+        return _row(changed) if changed else None
+
+    def _write(self, statement: Any) -> int:
+        with self._turn, self._engine.connect() as connection:
+            return int(connection.execute(statement).rowcount)
+
+    def _some(self, query: Any, limit: int) -> list[JobRow]:
+        with self._engine.connect() as connection:
+            return [_row(found) for found in connection.execute(query.limit(limit))]
+
+
+def _row(found: Any) -> JobRow:
+    values = dict(found._mapping)
+    values["type"] = JobType(values["type"])
+    values["status"] = JobState(values["status"])
+    return JobRow(**values)

@@ -1,0 +1,327 @@
+"""What the jobs API takes and gives; the seed's field names live here and nowhere deeper.
+
+Params and results by job type are stated in engines/schemas.py.
+"""
+
+import base64
+import json
+import math
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from flask import current_app
+from marshmallow import RAISE, Schema, ValidationError, fields, post_load, validate
+
+from app.dispatch import Place, Request
+from app.parsing import as_mapping, hinted, near
+from app.rows import JobRow
+from app.settings import Settings
+from engines.catalogue import JobType
+from engines.schemas import PARAMS, Int, Number, load_params
+from tasks.job import JobError, JobState
+from tasks.routing import PRIORITIES
+
+#: Longest time a job may run or wait; a day.
+LONGEST_S = 86_400
+#: Longest time one sync request may wait.
+LONGEST_SYNC_S = 3600
+MOST_PER_PAGE = 200
+
+
+class Truth(fields.Boolean):
+    """true or false; 1 and "yes" are refused."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> bool:
+        if not isinstance(value, bool):
+            raise self.make_error("invalid", input=value)
+        return value
+
+
+class Params(fields.Dict):
+    """Params of the job type that stands beside them."""
+
+    def _deserialize(
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any
+    ) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise ValidationError("Must be an object.")
+        job_type = next((known for known in PARAMS if data and data.get("type") == known), None)
+        if job_type is None:
+            # The type's own field refuses it.
+            return value
+        try:
+            return load_params(job_type, value)
+        except ValidationError as error:
+            raise ValidationError(hinted(as_mapping(error), PARAMS[job_type])) from error
+
+
+class Timestamp(fields.DateTime):
+    """Unix seconds, shown as RFC 3339 in UTC with milliseconds."""
+
+    def _serialize(self, value: Any, attr: str | None, obj: Any, **kwargs: Any) -> str | None:
+        if value is None:
+            return None
+        return datetime.fromtimestamp(value, UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+
+    def _deserialize(  # type: ignore[override]
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any
+    ) -> float:
+        try:
+            moment = datetime.fromisoformat(value)
+            return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValidationError("Must be a time like 2024-12-18T10:00:00Z.") from error
+
+
+class WholeSeconds(fields.Integer):
+    """Seconds, rounded up."""
+
+    def _serialize(self, value: Any, attr: str | None, obj: Any, **kwargs: Any) -> int | None:
+        return None if value is None else math.ceil(value)
+
+
+class JsonText(fields.Dict):
+    """An object that is kept as JSON text."""
+
+    def _serialize(self, value: Any, attr: str | None, obj: Any, **kwargs: Any) -> Any:
+        return None if value is None else json.loads(value)
+
+
+class Cursor(fields.String):
+    """The place after the last job of a page, as clients need not read it."""
+
+    def _deserialize(  # type: ignore[override]
+        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any
+    ) -> tuple[float, str]:
+        try:
+            created_at, job_id = json.loads(base64.urlsafe_b64decode(value))
+            return float(created_at), str(uuid.UUID(job_id))
+        except (AttributeError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ValidationError("Must be the next_cursor of an earlier page.") from error
+
+    @staticmethod
+    def after(row: JobRow) -> str:
+        """The cursor of the page that follows the row."""
+        return base64.urlsafe_b64encode(json.dumps([row.created_at, row.id]).encode()).decode()
+
+
+def _known_type(name: str) -> None:
+    if name not in map(str, PARAMS):
+        raise ValidationError(f"Unknown job type. {near(name, map(str, PARAMS))}")
+
+
+def _known_region(name: str) -> None:
+    settings: Settings = current_app.extensions["settings"]
+    if name not in settings.regions:
+        raise ValidationError(f"Unknown region. {near(name, settings.regions)}")
+
+
+_region_example = {"example": "asia-east"}
+_seconds = validate.Range(min=0, min_inclusive=False, max=LONGEST_S)
+
+
+class JobCreate(Schema):
+    """A job that a client asks for."""
+
+    class Meta:
+        unknown = RAISE
+
+    type = fields.String(
+        required=True, validate=_known_type, metadata={"enum": [str(name) for name in PARAMS], "example": "llm"}
+    )
+    params = Params(required=True, metadata={"description": "What the type takes."})
+    priority = Int(
+        load_default=0,
+        validate=validate.Range(min=PRIORITIES[0], max=PRIORITIES[-1]),
+        metadata={"description": "Higher is sooner; first in first out within one."},
+    )
+    region = fields.String(
+        load_default=None,
+        allow_none=True,
+        validate=_known_region,
+        metadata={**_region_example, "description": "Preferred region; left out, the platform chooses."},
+    )
+    allow_cross_region = Truth(
+        load_default=True,
+        metadata={"description": "Whether the nearest other region may run it when the preferred one cannot."},
+    )
+    timeout_seconds = Number(
+        load_default=300.0, validate=_seconds, metadata={"description": "How long it may run, from its start."}
+    )
+    queue_timeout_seconds = Number(
+        load_default=None,
+        allow_none=True,
+        validate=_seconds,
+        metadata={"description": "How long it may wait; left out, for as long as it takes."},
+    )
+
+    @post_load
+    def _request(self, data: dict[str, Any], **_: Any) -> Request:
+        return Request(**{**data, "type": JobType(data["type"])})
+
+
+class IdempotencyHeaders(Schema):
+    """How a client makes a create safe to repeat."""
+
+    idempotency_key = fields.String(
+        data_key="Idempotency-Key",
+        load_default=None,
+        validate=validate.Regexp(r"^[\x21-\x7e]{1,255}$", error="Must be 1 to 255 visible ASCII characters."),
+        metadata={"description": "The same key and body give the same job again; kept as long as the job."},
+    )
+
+
+class SyncQuery(Schema):
+    """How long a sync request waits."""
+
+    timeout = fields.Float(
+        load_default=60.0,
+        validate=validate.Range(min=0, min_inclusive=False, max=LONGEST_SYNC_S),
+        metadata={"description": "Seconds to wait for the result; a job that has not begun by then is dropped."},
+    )
+    wait_for_worker = fields.Boolean(
+        load_default=True, metadata={"description": "false: 503 at once when no live worker serves such a job."}
+    )
+
+
+class JobsQuery(Schema):
+    """Which of one's jobs to list."""
+
+    status = fields.Enum(JobState, by_value=True, load_default=None)
+    type = fields.Enum(JobType, by_value=True, load_default=None)
+    region = fields.String(load_default=None, validate=_known_region, metadata=_region_example)
+    created_after = Timestamp(load_default=None)
+    limit = fields.Integer(load_default=50, validate=validate.Range(min=1, max=MOST_PER_PAGE))
+    cursor = Cursor(load_default=None, metadata={"description": "next_cursor of the page before."})
+
+
+class QueueQuery(Schema):
+    """Which queues to count."""
+
+    region = fields.String(load_default=None, validate=_known_region, metadata=_region_example)
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """A job as a client is shown it."""
+
+    row: JobRow
+    place: Place
+    #: What to do about it, where the answer is not the result.
+    detail: str | None = None
+
+    @property
+    def error(self) -> JobError | None:
+        """Why it did not complete."""
+        return JobError(self.row.error_code, self.row.error_message or "") if self.row.error_code else None
+
+
+class JobCreated(Schema):
+    """A job that was accepted."""
+
+    job_id = fields.UUID(attribute="row.id")
+    status = fields.Enum(JobState, by_value=True, attribute="row.status")
+    created_at = Timestamp(attribute="row.created_at")
+    queue_position = fields.Integer(
+        attribute="place.position", allow_none=True, metadata={"description": "1 is next; null where not known."}
+    )
+    estimated_wait_seconds = WholeSeconds(
+        attribute="place.estimated_wait_s", allow_none=True, metadata={"description": "null where not known."}
+    )
+
+
+class ErrorView(Schema):
+    """Why a job did not complete."""
+
+    code = fields.String()
+    message = fields.String()
+
+
+class JobItem(JobCreated):
+    """A job in a list: everything but its result."""
+
+    type = fields.String(attribute="row.type")
+    region = fields.String(attribute="row.region", metadata={"description": "Where it is queued, runs or ran."})
+    worker_id = fields.String(attribute="row.worker_id", allow_none=True)
+    started_at = Timestamp(attribute="row.started_at", allow_none=True)
+    completed_at = Timestamp(attribute="row.completed_at", allow_none=True)
+    priority = fields.Integer(attribute="row.priority")
+    timeout_seconds = fields.Float(attribute="row.timeout_seconds")
+    attempt = fields.Integer(
+        attribute="row.attempt", metadata={"description": "Grows with every worker that was lost under it."}
+    )
+    error = fields.Nested(ErrorView, allow_none=True)
+    queued_reason = fields.String(
+        attribute="place.reason", allow_none=True, metadata={"description": "Why it still waits."}
+    )
+
+
+class JobView(JobItem):
+    """A job with its result."""
+
+    result = JsonText(attribute="row.result", allow_none=True, metadata={"description": "What the type gives."})
+
+
+class JobUnfinished(JobView):
+    """A job that a sync request waited for in vain."""
+
+    detail = fields.String(metadata={"description": "Why there is no result, and whether the job goes on."})
+
+
+class JobList(Schema):
+    """One page of jobs."""
+
+    items = fields.List(fields.Nested(JobItem))
+    next_cursor = fields.String(allow_none=True, metadata={"description": "null on the last page."})
+
+
+class JobCancelled(Schema):
+    """A job that is cancelled."""
+
+    message = fields.String(metadata={"example": "Job cancelled"})
+    job_id = fields.UUID()
+
+
+class QueueStats(Schema):
+    """Queues and workers now."""
+
+    total_queued = fields.Integer()
+    available_workers = fields.Integer()
+    estimated_wait_seconds = WholeSeconds(attribute="estimated_wait_s", allow_none=True)
+    by_type = fields.Dict(fields.String(), fields.Integer())
+
+
+class HealthView(Schema):
+    """The process answers."""
+
+    status = fields.String(metadata={"example": "ok"})
+
+
+class ReadyView(Schema):
+    """What the API needs, and how it is: "ok" or what is wrong."""
+
+    status = fields.String(validate=validate.OneOf(["ready", "degraded", "unready"]))
+    database = fields.String(metadata={"example": "ok"})
+    regions = fields.Dict(fields.String(), fields.String(), metadata={"example": {"asia-east": "ok"}})
+
+
+class ProblemView(Schema):
+    """Why a request was not answered as asked (RFC 9457)."""
+
+    type = fields.String(metadata={"example": "about:blank"})
+    title = fields.String(metadata={"example": "Unprocessable Entity"})
+    status = fields.Integer(metadata={"example": 422})
+    detail = fields.String(metadata={"example": "params.max_tokens: Must be greater than or equal to 1."})
+    code = fields.String(metadata={"example": "validation_failed", "description": "For programs; never changes."})
+    request_id = fields.String()
+    errors = fields.Dict(
+        fields.String(),
+        fields.List(fields.String()),
+        metadata={
+            "description": "With 422: messages by the dotted path of each field.",
+            "example": {"params.messages.0.role": ["Must be one of: system, user, assistant."]},
+        },
+    )

@@ -1,0 +1,100 @@
+"""`python -m app.serve`: the API under waitress."""
+
+import errno
+import logging
+import signal
+import sys
+from types import FrameType
+from typing import Any, NoReturn
+
+import waitress
+from flask import Flask
+from sqlalchemy.exc import DBAPIError
+
+from app.auth import is_loopback
+from app.keys import Keys
+from app.settings import Settings
+from tasks.settings import SettingsError
+
+logger = logging.getLogger(__name__)
+
+#: Exit code of a server that refuses to start as configured.
+EXIT_REFUSED = 2
+#: Open connections; slow clients hold one each without a thread (research/reliability.md 3).
+CONNECTION_LIMIT = 2000
+#: A connection that is silent for this long is closed.
+CHANNEL_TIMEOUT_S = 20
+#: waitress refuses larger bodies itself, in plain text; up to there the app does, as a problem.
+REFUSAL_ROOM_BYTES = 1024 * 1024
+
+
+def main() -> None:
+    """Serve until SIGTERM or SIGINT."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    # It writes two lines whenever /ready asks whether the database is current.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    try:
+        # Imported here: it reads .env and the environment, which may be wrong.
+        from wsgi import app
+    except SettingsError as error:
+        _refuse(str(error))
+    settings: Settings = app.extensions["settings"]
+    _check_keys(settings, app.extensions["keys"])
+    server = _open(app, settings)
+    signal.signal(signal.SIGTERM, _leave)
+    logger.info("the API is at http://%s:%d, its documentation at /docs", settings.host, settings.port)
+    # Returns after SystemExit or KeyboardInterrupt, once short requests have ended or five seconds have passed.
+    server.run()
+    app.extensions["dispatch"].close()
+    logger.info("the API has stopped")
+
+
+def _check_keys(settings: Settings, keys: Keys) -> None:
+    try:
+        exist = keys.exist()
+    except DBAPIError as error:
+        _refuse(f"The database cannot be used ({error.orig}). If it is new: flask --app wsgi db upgrade")
+    if exist:
+        return
+    if is_loopback(settings.host):
+        logger.warning("no API key exists: programs on this host are served without one, nobody else is")
+    elif settings.allow_anonymous:
+        logger.warning("GPU_ALLOW_ANONYMOUS is set and no API key exists: everybody who reaches this port is served")
+    else:
+        _refuse(
+            f"HOST={settings.host} can be reached from elsewhere, and no API key exists. Make one with "
+            "`flask --app wsgi keys create NAME --scope infer`, or set HOST=127.0.0.1, or GPU_ALLOW_ANONYMOUS=1."
+        )
+
+
+def _open(app: Flask, settings: Settings) -> Any:
+    try:
+        return waitress.create_server(
+            app,
+            host=settings.host,
+            port=settings.port,
+            threads=settings.threads,
+            connection_limit=CONNECTION_LIMIT,
+            channel_timeout=CHANNEL_TIMEOUT_S,
+            max_request_body_size=settings.max_body_bytes + REFUSAL_ROOM_BYTES,
+            ident=None,
+            # The Guard has to see that a request came through a proxy.
+            clear_untrusted_proxy_headers=False,
+        )
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            _refuse(f"Port {settings.port} is in use. Stop what uses it, or set PORT to another one.")
+        _refuse(f"Cannot listen on HOST={settings.host}, PORT={settings.port}: {error.strerror or error}.")
+
+
+def _leave(_: int, __: FrameType | None) -> NoReturn:
+    raise SystemExit(0)
+
+
+def _refuse(message: str) -> NoReturn:
+    sys.stderr.write(f"The API does not start: {message}\n")
+    sys.exit(EXIT_REFUSED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""The API on a real database and store, and a worker that a test moves by hand."""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+from flask import Flask
+from flask.testing import FlaskClient
+
+from app import create_app
+from app.keys import Keys, Scope
+from app.settings import Settings
+from engines.catalogue import JobType
+from tasks.fleet import Card
+from tasks.job import Envelope, Job, JobError, JobState
+from tasks.ledger import Ledger, open_store
+from tasks.settings import load_regions
+
+CHAT = {"type": "llm", "params": {"messages": [{"role": "user", "content": "你好"}]}}
+RESULT = {
+    "response": "你好！有什么我可以帮助你的吗？",
+    "finish_reason": "stop",
+    "model": "echo",
+    "usage": {"prompt_tokens": 10, "completion_tokens": 15, "total_tokens": 25},
+}
+REGION = "asia-east"
+QUEUE = f"{REGION}.llm"
+
+
+class HandWorker:
+    """A worker without an engine: it begins and finishes what a test says, through the real ledger."""
+
+    id = "worker-123"
+
+    def __init__(self, store_url: str) -> None:
+        self.store = open_store(store_url, timeout_s=2)
+        self.ledger = Ledger(self.store)
+
+    def show(self) -> None:
+        """Be alive for one lease."""
+        card = Card(self.id, REGION, "host", "cpu", {JobType.LLM: "echo"}, {JobType.LLM: 2}, time.time())
+        self.ledger.beat(self.id, card.encode(), [])
+
+    def begin(self, job_id: str) -> Mapping[str, Any]:
+        """Begin the job's first attempt; its params."""
+        return self.ledger.begin(Job(job_id, JobType.LLM, 1), worker_id=self.id, token=job_id).params
+
+    def finish(self, job_id: str, outcome: JobState = JobState.COMPLETED, error: JobError | None = None) -> bool:
+        """Hand in an outcome for the job."""
+        result = RESULT if outcome is JobState.COMPLETED else None
+        envelope = Envelope(job_id, 1, self.id, REGION, outcome, run_s=0.5, result=result, error=error)
+        return self.ledger.finish(envelope, queue=QUEUE)
+
+    def waiting(self) -> list[str]:
+        """Ids of the queued jobs, next first."""
+        return list(self.store.zrange(f"wait:{QUEUE}", 0, -1))  # type: ignore[arg-type]
+
+    def next_job(self, timeout_s: float = 5) -> str:
+        """The id of the next queued job, waited for."""
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            if ids := self.waiting():
+                return ids[0]
+            time.sleep(0.005)
+        raise TimeoutError("no job was queued")
+
+    def answer_next(self, outcome: JobState = JobState.COMPLETED, error: JobError | None = None) -> threading.Thread:
+        """Begin and finish the next queued job, from a thread."""
+
+        def work() -> None:
+            job_id = self.next_job()
+            self.begin(job_id)
+            self.finish(job_id, outcome, error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        return thread
+
+
+@pytest.fixture
+def settings(database_url: str, valkey: Any, store_url: str) -> Settings:
+    """The seed's four regions on the test's store, with few threads."""
+    regions = load_regions({"GPU_STORE_URL": store_url, "GPU_BROKER_URL": f"{valkey.url}/0"})
+    return Settings(database_url, regions, REGION, threads=8)
+
+
+@pytest.fixture
+def make_app() -> Iterator[Callable[[Settings], Flask]]:
+    """Makes apps that are closed after the test."""
+    made: list[Flask] = []
+
+    def make(settings: Settings) -> Flask:
+        app = create_app(settings)
+        made.append(app)
+        return app
+
+    yield make
+    for app in made:
+        app.extensions["dispatch"].close()
+        app.extensions["database"].dispose()
+
+
+@pytest.fixture
+def app(make_app: Callable[[Settings], Flask], settings: Settings) -> Flask:
+    """The API."""
+    return make_app(settings)
+
+
+@pytest.fixture
+def client(app: Flask) -> FlaskClient:
+    """A client on the API's own host."""
+    return app.test_client()
+
+
+@pytest.fixture
+def worker(store_url: str) -> HandWorker:
+    """A worker that the test moves."""
+    return HandWorker(store_url)
+
+
+@pytest.fixture
+def make_key(app: Flask) -> Callable[..., dict[str, str]]:
+    """Makes keys; the headers to send one."""
+    keys: Keys = app.extensions["keys"]
+
+    def make(*scopes: str, **kwargs: Any) -> dict[str, str]:
+        return {"X-API-Key": keys.create("test", map(Scope, scopes), **kwargs)}
+
+    return make

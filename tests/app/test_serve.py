@@ -1,0 +1,205 @@
+"""`python -m app.serve` as an operator starts it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.rig import free_port
+
+ROOT = Path(__file__).parent.parent.parent
+CHAT = {"type": "llm", "params": {"messages": [{"role": "user", "content": "hi"}]}}
+
+
+@pytest.fixture
+def environment(database_url: str, store_url: str, tmp_path: Path) -> dict[str, str]:
+    """What the server is told."""
+    return {
+        "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(ROOT),
+        "DATABASE_URL": database_url,
+        "GPU_STORE_URL": store_url,
+        "GPU_BROKER_URL": store_url.removesuffix("1") + "0",
+        "PORT": str(free_port()),
+        "API_THREADS": "120",
+    }
+
+
+@pytest.fixture
+def serve(environment: dict[str, str], tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts servers that end with the test, away from any .env."""
+    started = []
+
+    def start(**changes: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "app.serve"],
+            env={**environment, **changes},
+            cwd=tmp_path,
+            text=True,
+            stderr=subprocess.PIPE,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def url(environment: dict[str, str]) -> str:
+    return f"http://127.0.0.1:{environment['PORT']}"
+
+
+def _up(url: str, process: subprocess.Popen[str]) -> None:
+    end = time.monotonic() + 20
+    while True:
+        assert process.poll() is None, process.communicate()[1]
+        try:
+            requests.get(f"{url}/health", timeout=1)
+            return
+        except requests.ConnectionError:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+
+
+def _ends(process: subprocess.Popen[str]) -> tuple[int, str]:
+    errors = process.communicate(timeout=20)[1]
+    return process.returncode, errors
+
+
+def test_it_serves_and_warns_once_that_there_is_no_key(serve, url):
+    process = serve()
+    _up(url, process)
+
+    assert requests.get(f"{url}/ready", timeout=5).status_code == 200
+    answer = requests.post(f"{url}/api/v1/jobs", json=CHAT, timeout=5)
+    assert answer.status_code == 202
+    assert "Server" not in answer.headers
+    process.terminate()
+    code, log = _ends(process)
+    assert code == 0
+    assert log.count("no API key exists") == 1
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_soon_after_the_requests_that_run(serve, url, how):
+    process = serve()
+    _up(url, process)
+    answers = []
+    thread = threading.Thread(
+        target=lambda: answers.append(requests.post(f"{url}/api/v1/jobs/sync?timeout=1.5", json=CHAT, timeout=10))
+    )
+    thread.start()
+    time.sleep(0.5)
+
+    began = time.monotonic()
+    process.send_signal(how)
+    code, _ = _ends(process)
+    thread.join()
+
+    assert code == 0
+    assert time.monotonic() - began < 7
+    assert answers[0].status_code == 504
+
+
+def test_a_port_in_use_is_named_with_its_variable(serve, environment):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", int(environment["PORT"])))
+        taken.listen()
+        code, errors = _ends(serve())
+
+    assert code == 2
+    assert f"Port {environment['PORT']} is in use" in errors
+    assert "set PORT" in errors
+
+
+def test_another_address_without_a_key_is_refused_with_the_ways_out(serve):
+    code, errors = _ends(serve(HOST="0.0.0.0"))
+
+    assert code == 2
+    assert all(way in errors for way in ("keys create", "HOST=127.0.0.1", "GPU_ALLOW_ANONYMOUS=1"))
+
+
+def test_another_address_is_served_with_a_key_or_by_the_operators_word(serve, url, app, make_key):
+    process = serve(HOST="0.0.0.0", GPU_ALLOW_ANONYMOUS="1")
+    _up(url, process)
+    process.terminate()
+    assert "everybody who reaches this port" in _ends(process)[1]
+
+    make_key("read")
+    process = serve(HOST="0.0.0.0")
+    _up(url, process)
+    assert requests.get(f"{url}/api/v1/jobs", timeout=5).status_code == 401
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("PORT", "http"), ("PORT", "70000"), ("API_THREADS", "1"), ("DATABASE_URL", "jobs.db")],
+)
+def test_a_setting_that_cannot_be_used_is_named(serve, name, value):
+    code, errors = _ends(serve(**{name: value}))
+
+    assert code == 2
+    assert name in errors
+    assert "Traceback" not in errors
+
+
+def test_a_new_database_is_answered_with_the_command(serve, tmp_path):
+    code, errors = _ends(serve(DATABASE_URL=f"sqlite:///{tmp_path}/new.db"))
+
+    assert code == 2
+    assert "db upgrade" in errors
+
+
+def test_a_connection_through_a_proxy_is_not_local(serve, url):
+    _up(url, serve())
+
+    answer = requests.get(f"{url}/api/v1/jobs", headers={"X-Forwarded-For": "203.0.113.7"}, timeout=5)
+
+    assert answer.status_code == 401
+
+
+def test_health_answers_at_once_while_every_sync_turn_is_taken(serve, url):
+    process = serve()  # 120 threads: 60 may wait
+    _up(url, process)
+    waiting = [
+        threading.Thread(
+            target=lambda: requests.post(f"{url}/api/v1/jobs/sync?timeout=3", json=CHAT, timeout=30), daemon=True
+        )
+        for _ in range(100)
+    ]
+    for thread in waiting:
+        thread.start()
+    time.sleep(1)
+
+    slowest = 0.0
+    for _ in range(10):
+        began = time.monotonic()
+        assert requests.get(f"{url}/health", timeout=5).status_code == 200
+        slowest = max(slowest, time.monotonic() - began)
+
+    assert slowest < 1
+    for thread in waiting:
+        thread.join()
+
+
+def test_connections_that_send_nothing_keep_nobody_out(serve, url, environment):
+    _up(url, serve())
+    address = ("127.0.0.1", int(environment["PORT"]))
+    silent = [socket.create_connection(address) for _ in range(300)]
+    for connection in silent:
+        connection.sendall(b"POST /api/v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10")
+
+    assert requests.get(f"{url}/health", timeout=2).status_code == 200
+    for connection in silent:
+        connection.close()
