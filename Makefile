@@ -1,0 +1,57 @@
+# Every target sets up what it needs; a second run finds it done. `make demo` is the front door.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo up test check format bench setup clean
+.DEFAULT_GOAL := demo
+
+## One chat job and one asynchronous job through the whole platform, then stop.
+demo: $(VENV)/.run
+	@$(BIN)/python -m local.demo
+
+## The whole platform until Ctrl-C.
+up: $(VENV)/.run
+	@$(BIN)/python -m local.up
+
+test: setup check
+
+check: setup
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/pytest
+
+format: setup
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: setup
+	$(BIN)/python -m bench
+
+setup: $(VENV)/.develop
+
+## The virtual environment and everything that was built or written; prepared models stay in var/models.
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	find var -mindepth 1 -maxdepth 1 ! -name models -exec rm -rf {} + 2>/dev/null || true
+
+# What the platform needs to run, and what its development needs beyond that. The stamps are written last.
+$(VENV)/.run: $(VENV)/.made requirements.txt requirements/api.txt requirements/worker.txt requirements/constraints.txt
+	@echo "Installing the packages of requirements.txt (torch is large: this takes a minute or more)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/.develop: $(VENV)/.run requirements/dev.txt
+	@echo "Installing the packages of requirements/dev.txt"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@touch $@
+
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, and '$(PYTHON)' is: $$($(PYTHON) --version 2>&1)." \
+	    "Say which one to use: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@

@@ -1,0 +1,1 @@
+"""The whole platform on one machine: `python -m local.up`, `python -m local.demo`."""

@@ -1,0 +1,96 @@
+"""Where the local platform listens and what it writes, built from a mapping such as os.environ."""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from app.settings import Settings as ApiSettings
+from tasks.settings import SettingsError, data_dir, default_store
+
+LOOPBACK = "127.0.0.1"
+FLOWER_PORT = "5555"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One local platform: its ports, and the folder that holds everything it writes."""
+
+    #: The address the API listens on; store and Flower are on loopback whatever it is.
+    host: str
+    port: int
+    flower_port: int
+    store_port: int
+    database_url: str
+    #: Database, store, logs and pid files.
+    data_dir: Path
+
+    @property
+    def run_dir(self) -> Path:
+        """Pid files and the lock of the platform that runs."""
+        return self.data_dir / "run"
+
+    @property
+    def log_dir(self) -> Path:
+        """What the processes said."""
+        return self.data_dir / "log"
+
+    @property
+    def store_dir(self) -> Path:
+        """The embedded Valkey's files."""
+        return self.data_dir / "store"
+
+    @property
+    def api_url(self) -> str:
+        """Where this machine reaches the API."""
+        everywhere = self.host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
+        host = LOOPBACK if everywhere else self.host
+        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+
+    @property
+    def flower_url(self) -> str:
+        """Where this machine reaches Flower."""
+        return f"http://{LOOPBACK}:{self.flower_port}"
+
+
+def load(environ: Mapping[str, str]) -> Settings:
+    """The settings; a variable that is empty counts as left out. Raises SettingsError."""
+    store = default_store(environ)
+    api = ApiSettings.from_environ(environ)
+    return Settings(
+        host=api.host,
+        port=api.port,
+        database_url=api.database_url,
+        flower_port=_port("FLOWER_PORT", environ.get("FLOWER_PORT") or FLOWER_PORT),
+        store_port=_port("STORE_PORT", store.rpartition(":")[2]),
+        data_dir=data_dir(environ),
+    )
+
+
+def for_processes(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
+    """What the platform's processes find in their environment: every setting spelled out, all else as it was."""
+    direct = [environ.get("no_proxy") or environ.get("NO_PROXY"), LOOPBACK, "localhost", "::1"]
+    loopback = ",".join(filter(None, direct))
+    return {
+        # Overridden by what the operator has set.
+        "CELERY_WORKER_LOGLEVEL": "INFO",
+        **environ,
+        "HOST": settings.host,
+        "PORT": str(settings.port),
+        "FLOWER_PORT": str(settings.flower_port),
+        "STORE_PORT": str(settings.store_port),
+        "DATABASE_URL": settings.database_url,
+        "GPU_DATA_DIR": str(settings.data_dir),
+        # The Procfile says `python` and `celery`: those of the virtual environment that runs this.
+        "PATH": f"{Path(sys.executable).parent}:{environ.get('PATH', '')}",
+        "PYTHONUNBUFFERED": "1",
+        # A proxy cannot reach this machine's loopback.
+        "NO_PROXY": loopback,
+        "no_proxy": loopback,
+    }
+
+
+def _port(name: str, text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise SettingsError(f"{name} must be a port number from 1 to 65535, not {text!r}.")
+    return int(text)

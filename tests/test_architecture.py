@@ -1,0 +1,45 @@
+"""What each process loads, and which way imports go."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def loaded_by(module: str, folder: Path = ROOT) -> set[str]:
+    """The top-level packages that a fresh interpreter in that folder has loaded after importing the module."""
+    code = f"import {module}, sys; print(*sorted({{name.partition('.')[0] for name in sys.modules}}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("module", "kept_out"),
+    [
+        ("wsgi", {"torch", "transformers", "tokenizers", "accelerate", "gguf"}),
+        ("app.control", {"torch", "transformers", "tokenizers", "accelerate", "gguf"}),
+        ("tasks.boot", {"flask", "sqlalchemy", "torch", "transformers", "app"}),
+        ("local.up", {"torch", "transformers"}),
+    ],
+)
+def test_a_process_loads_no_more_than_it_needs(module: str, kept_out: set[str]) -> None:
+    assert loaded_by(module) & kept_out == set()
+
+
+def test_the_sdk_is_one_file_that_can_be_copied(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "app" / "client.py", tmp_path / "client.py")
+
+    loaded = loaded_by("client", tmp_path)
+
+    assert "client" in loaded
+    assert loaded & {"app", "tasks", "engines", "flask", "celery", "redis", "marshmallow"} == set()
+
+
+def test_imports_go_downwards_only() -> None:
+    done = subprocess.run([Path(sys.executable).parent / "lint-imports"], cwd=ROOT, capture_output=True, text=True)
+
+    assert done.returncode == 0, done.stdout + done.stderr
