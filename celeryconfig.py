@@ -4,6 +4,7 @@ Celery imports it in workers, in Flower and in every process that publishes; eac
 """
 
 import os
+from typing import Any
 
 from dotenv import find_dotenv, load_dotenv
 from kombu import Exchange, Queue
@@ -38,6 +39,32 @@ def queues_for(broker: str) -> list[Queue]:
         for pinned in (False, True)
     ]
     return [Queue(name, exchange, routing_key=name, queue_arguments=arguments) for name in names]
+
+
+def transport_options_for(broker: str) -> dict[str, Any]:
+    """What kombu is told about the broker of that URL; a region's broker need not be of the home region's kind."""
+    if routing.is_amqp(broker):
+        return {
+            # Without it a publish to a frozen broker succeeds at once, and the message may be lost.
+            "confirm_publish": True,
+            "connect_timeout": 2,
+            "max_retries": 1,
+            "interval_start": 0,
+            "interval_step": 0.1,
+            "interval_max": 0.2,
+        }
+    return {
+        # kombu's default has four steps, in which ten priorities mix.
+        "priority_steps": list(routing.PRIORITIES),
+        # Only the last net under a job that was popped and never acknowledged; the lease is the real one.
+        "visibility_timeout": 3600,
+        # Must exceed the transport's blocking pop of 1 s.
+        "socket_timeout": 5,
+        "socket_connect_timeout": 2,
+        "socket_keepalive": True,
+        "health_check_interval": 15,
+        "max_retries": 1,
+    }
 
 
 broker_url = _home.broker
@@ -76,30 +103,11 @@ redis_socket_keepalive = True
 broker_connection_retry_on_startup = True
 # For ever: by default a worker gives up on its broker after 100 tries.
 broker_connection_max_retries = None
+# RabbitMQ closes the channel of a message that is not acknowledged within its consumer_timeout, 30 minutes by default.
+# Without this a job that runs for longer ends its worker as soon as it is done (celery#6760).
+broker_channel_error_retry = True
 broker_pool_limit = 16
 # The row is the outbox: a publish that fails is sent again by the reconciler.
 task_publish_retry = False
 broker_heartbeat = 30
-broker_transport_options = (
-    {
-        # kombu's default has four steps, in which ten priorities mix.
-        "priority_steps": list(routing.PRIORITIES),
-        # Only the last net under a job that was popped and never acknowledged; the lease is the real one.
-        "visibility_timeout": 3600,
-        # Must exceed the transport's blocking pop of 1 s.
-        "socket_timeout": 5,
-        "socket_connect_timeout": 2,
-        "socket_keepalive": True,
-        "health_check_interval": 15,
-        "max_retries": 1,
-    }
-    if not routing.is_amqp(broker_url)
-    else {
-        "confirm_publish": True,
-        "connect_timeout": 2,
-        "max_retries": 1,
-        "interval_start": 0,
-        "interval_step": 0.1,
-        "interval_max": 0.2,
-    }
-)
+broker_transport_options = transport_options_for(broker_url)

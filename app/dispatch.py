@@ -128,6 +128,7 @@ class Dispatch:
             queue_timeout_seconds=request.queue_timeout_seconds,
             idempotency_key=idempotency_key,
             fingerprint=_fingerprint(request) if idempotency_key else None,
+            told_at_once=not must_send,
         )
         if not new:
             return Submitted(row, replayed=True)
@@ -200,15 +201,12 @@ class Dispatch:
         end = time.monotonic() + timeout_s
         while not row.ended and (left := end - time.monotonic()) > 0:
             try:
-                link.mailbox.ledger.wait(row.id, left)
-                record = link.mailbox.ledger.look(row.id)
+                record = link.mailbox.ledger.wait(row.id, left)
             except StoreError:
                 record = None
                 # The row is still there to be read.
                 time.sleep(min(left, _POLL_S))
-            # With an outcome in hand the row need not be read first.
-            has_outcome = record is not None and record.outcome is not None
-            row = self.fold(row, record) if has_outcome else self.look(row.id) or row
+            row = self.fold(row, record) if record else self.look(row.id) or row
         return row
 
     def cancel(self, row: JobRow) -> JobRow:

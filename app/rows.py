@@ -12,13 +12,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sqlalchemy import ColumnElement, Double, Engine, and_, bindparam, case, func, or_, select
+from sqlalchemy import ColumnElement, Double, Engine, bindparam, case, func, or_, select, tuple_, union_all
 from sqlalchemy import delete as sql_delete
 from sqlalchemy import insert as sql_insert
 from sqlalchemy import update as sql_update
 from sqlalchemy.exc import IntegrityError
 
-from app.tables import jobs, leadership, now
+from app.tables import jobs, leadership, now, open_database
 from engines.catalogue import JobType
 from tasks.job import LIVE, Envelope, JobError, JobState
 
@@ -143,6 +143,11 @@ class Rows:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
+        # For writes that nobody has been told of: what the power takes away is done again, and no one waits for the
+        # disk. Any later durable commit makes them durable too.
+        self._hasty = engine
+        if engine.dialect.name == "sqlite":
+            self._hasty = open_database(engine.url.render_as_string(hide_password=False), durable=False)
         # SQLite has one writer at a time; threads of one process queue here instead of polling for its lock.
         self._turn: Any = threading.Lock() if engine.dialect.name == "sqlite" else nullcontext()
 
@@ -181,8 +186,8 @@ class Rows:
         if created_after is not None:
             query = query.where(jobs.c.created_at > created_after)
         if before is not None:
-            at, job_id = before
-            query = query.where(or_(jobs.c.created_at < at, and_(jobs.c.created_at == at, jobs.c.id < job_id)))
+            # As a pair: spelled out with OR, it would read the index from its start on every page.
+            query = query.where(tuple_(jobs.c.created_at, jobs.c.id) < tuple_(*before))
         return self._some(query.order_by(jobs.c.created_at.desc(), jobs.c.id.desc()), limit)
 
     # A job's life
@@ -202,9 +207,11 @@ class Rows:
         queue_timeout_seconds: float | None,
         idempotency_key: str | None,
         fingerprint: str | None,
+        told_at_once: bool = True,
     ) -> tuple[JobRow, bool]:
         """The new job, or the one that the owner's idempotency key already made; True if it is new.
 
+        told_at_once: the client hears of the job before it has ended, so it must survive a power cut from now on.
         Raises IdempotencyConflict if that one had another fingerprint.
         """
         values = {
@@ -221,15 +228,19 @@ class Rows:
             "idempotency_key": idempotency_key,
             "fingerprint": fingerprint,
         }
-        try:
-            with self._turn, self._engine.connect() as connection:
-                return _row(connection.execute(_INSERT, values).one()), True
-        except IntegrityError:
-            if idempotency_key is None:
-                raise
         query = select(*_COLUMNS).where(jobs.c.owner == owner, jobs.c.idempotency_key == idempotency_key)
-        with self._engine.connect() as connection:
-            earlier = _row(connection.execute(query).one())
+        found = None
+        while found is None:
+            try:
+                with self._turn, (self._engine if told_at_once else self._hasty).connect() as connection:
+                    return _row(connection.execute(_INSERT, values).one()), True
+            except IntegrityError:
+                if idempotency_key is None:
+                    raise
+            # None if it was withdrawn in between, and its key with it.
+            with self._engine.connect() as connection:
+                found = connection.execute(query).first()
+        earlier = _row(found)
         if earlier.fingerprint != fingerprint:
             raise IdempotencyConflict
         return earlier, False
@@ -250,7 +261,7 @@ class Rows:
             "started": started_at,
             "answer": None if envelope.result is None else json.dumps(envelope.result, separators=(",", ":")),
             "code": error.code if error else None,
-            "message": error.message if error else None,
+            "message": _storable(error.message) if error else None,
         }
         return self._returning(_ENDED, values)
 
@@ -341,10 +352,10 @@ class Rows:
 
     def of_other_epochs(self, region: str, epoch: str, limit: int) -> list[JobRow]:
         """Live jobs that were entered into an earlier life of the region's store, and are not due anyway."""
-        # Two ranges, where <> could not use the index.
-        other = or_(jobs.c.store_epoch < epoch, jobs.c.store_epoch > epoch)
-        query = select(*_COLUMNS).where(_LIVE, jobs.c.region == region, other, jobs.c.due_at.is_(None))
-        return self._some(query, limit)
+        entered = select(*_COLUMNS).where(_LIVE, jobs.c.region == region, jobs.c.due_at.is_(None))
+        # Two ranges, each a search of its own: <> uses no index, and for an OR of them SQLite reads the whole region.
+        ranges = (jobs.c.store_epoch < epoch, jobs.c.store_epoch > epoch)
+        return self._some(union_all(*(entered.where(other) for other in ranges)), limit)
 
     def long_unbegun(
         self, region: str, job_type: JobType, *, first_s: float, most_s: float, limit: int
@@ -383,12 +394,21 @@ class Rows:
         return _row(changed) if changed else None
 
     def _write(self, statement: Any) -> int:
-        with self._turn, self._engine.connect() as connection:
+        """For what no client sees."""
+        with self._turn, self._hasty.connect() as connection:
             return int(connection.execute(statement).rowcount)
 
     def _some(self, query: Any, limit: int) -> list[JobRow]:
         with self._engine.connect() as connection:
             return [_row(found) for found in connection.execute(query.limit(limit))]
+
+
+def _storable(words: str) -> str:
+    """The words as every database takes them: PostgreSQL refuses NUL, and no driver takes half of a surrogate pair.
+
+    Engines quote what clients sent; an outcome that cannot be stored would be folded again and again, for ever.
+    """
+    return words.replace("\0", "?").encode("utf-8", "replace").decode()
 
 
 def _row(found: Any) -> JobRow:

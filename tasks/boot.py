@@ -83,15 +83,21 @@ def _start(sender: Any, **_: Any) -> None:
         started_at=time.time(),
     )
     store = open_store(regions[region].store, timeout_s=STORE_TIMEOUT_S)
-    opened = Station(card, engines, Ledger(store))
     try:
-        opened.open()
+        store.ping()
     except StoreError as error:
         sys.stderr.write(f"The worker cannot start: the store of {region} cannot be reached: {error}\n")
         sys.exit(1)
-    _station = opened
+    _station = opened = Station(card, engines, Ledger(store))
     _listener = Listener(store, card.worker_id, lambda job_id: opened.interrupt(job_id, JobCancelled()))
-    logger.info("worker %s serves %s with %d slots", card.worker_id, ", ".join(types), sender.concurrency)
+
+
+@signals.worker_ready.connect
+def _open(**_: Any) -> None:
+    """Show the card only now, when messages are taken."""
+    opened = station()
+    opened.open()
+    logger.info("worker %s serves %s", opened.worker_id, ", ".join(opened.card.slots))
 
 
 @signals.worker_shutting_down.connect

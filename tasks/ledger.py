@@ -10,7 +10,7 @@ Keys of a region's store:
     workers           zset    every worker seen, by its last beat
     running:{worker}  set     the jobs it runs
     news              zset    jobs whose record changed since it was last copied into the row, by sequence
-    done:{id}         list    what sync waiters block on
+    done:{id}         list    what sync waiters block on: when it started, and the envelope
     speed:{queue}     hash    running mean of the seconds a completed job took
     epoch             string  made once per life of the store: another value means that everything was lost
 """
@@ -149,14 +149,19 @@ class Ledger:
         """Drop the job if it waits, stop it if it runs, and keep it from being entered late."""
         self._run["cancel"](keys=[f"job:{job_id}", f"done:{job_id}"], args=[job_id, TOMBSTONE_TTL_S])
 
-    def wait(self, job_id: str, timeout_s: float) -> bool:
-        """Block until the job has an outcome or a cancel, for at most one slice; False if none came."""
+    def wait(self, job_id: str, timeout_s: float) -> Record | None:
+        """Block until the job has an outcome, for at most one slice; None if none came, or a cancel did."""
         if self._waiting is None:
             raise ValueError("This ledger was opened without a client for waiting.")
         done = f"done:{job_id}"
         # Rotating the token in place wakes any number of waiters and leaves it for those that come later.
         slice_s = max(min(timeout_s, WAIT_SLICE_S), 0.01)
-        return self._waiting.blmove(done, done, slice_s, "LEFT", "LEFT") is not None  # type: ignore[arg-type]
+        said = cast(str | None, self._waiting.blmove(done, done, slice_s, "LEFT", "LEFT"))  # type: ignore[arg-type]
+        if not said:
+            return None
+        started, _, text = said.partition(" ")
+        envelope = Envelope.decode(text)
+        return Record("ended", envelope.attempt, envelope.worker_id, int(started) / 1000 if started else None, envelope)
 
     def position(self, job_id: str, queue: str) -> int | None:
         """The job's place in its queue, 1 is next; None if it does not wait there."""

@@ -106,8 +106,8 @@ class Station:
         return dataclasses.replace(self._card, busy=dict(busy))
 
     def open(self) -> None:
-        """Show the card and keep the lease. Raises StoreError if the store cannot be reached."""
-        self._ledger.beat(self.worker_id, self.card.encode(), [])
+        """Show the card and keep the lease from now on."""
+        self._try_to_beat()
         self._beating.start()
 
     def close(self) -> None:
@@ -115,7 +115,8 @@ class Station:
         self.interrupt_all(JobReleased("The worker is shutting down."))
         self._wait_until_idle(FALL_GRACE_S)
         self._stop.set()
-        self._beating.join(timeout=2 * BEAT_S)
+        if self._beating.is_alive():
+            self._beating.join(timeout=2 * BEAT_S)
         try:
             self._ledger.retire(self.worker_id)
         except StoreError as error:
@@ -231,11 +232,14 @@ class Station:
 
     def _beat_for_ever(self) -> None:
         while not self._stop.wait(BEAT_S):
-            try:
-                self._beat()
-            except StoreError as error:
-                logger.warning("beat missed: %s", error)
+            self._try_to_beat()
             self._watch()
+
+    def _try_to_beat(self) -> None:
+        try:
+            self._beat()
+        except StoreError as error:
+            logger.warning("beat missed: %s", error)
 
     def _beat(self) -> None:
         with self._lock:
@@ -273,6 +277,9 @@ class Station:
         self._wait_until_idle(FALL_GRACE_S)
         logger.error("leaving with exit code %d: %s", EXIT_BROKEN, self._fallen)
         try:
+            # Whoever waits for the same hung engine cannot give its job back itself.
+            for run in list(self._runs.values()):
+                self._ledger.release(run.job, worker_id=self.worker_id)
             self._ledger.retire(self.worker_id)
         except StoreError as error:
             logger.warning("the lease ends by itself; the store is away: %s", error)

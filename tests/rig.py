@@ -104,10 +104,14 @@ class Platform:
         timeout_seconds: float = 60,
         queue_timeout_seconds: float | None = None,
         must_send: bool = False,
+        region: str | None = None,
+        allow_cross_region: bool = True,
     ) -> JobRow:
         """A chat job whose last user message is `text`; see engines/echo.py for what it can order."""
         params = {"messages": [{"role": "user", "content": text}], "max_tokens": 100}
-        request = Request(JobType.LLM, params, priority, None, True, timeout_seconds, queue_timeout_seconds)
+        request = Request(
+            JobType.LLM, params, priority, region, allow_cross_region, timeout_seconds, queue_timeout_seconds
+        )
         return self.dispatch.submit("tester", request, must_send=must_send).row
 
     def status(self, row: JobRow) -> JobState:

@@ -14,6 +14,6 @@ elseif state ~= 'ended' then
   redis.call('EXPIRE', KEYS[1], ARGV[2])
   if record[3] then redis.call('ZREM', record[3], ARGV[1]) end
 end
-redis.call('RPUSH', KEYS[2], 1)
+redis.call('RPUSH', KEYS[2], '')
 redis.call('EXPIRE', KEYS[2], 60)
 return state

@@ -2,7 +2,8 @@
 -- KEYS: job, sequence, news, running set of the worker, Celery's result, list that waiters block on, speed
 -- ARGV: id, attempt, worker, envelope, Celery's result entry, seconds to keep, seconds it ran (completed) or ''
 -- Returns 1 if taken, 0 if the fence no longer holds
-local record = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'worker')
+local record = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'worker', 'started')
+local started = record[4] or ''
 redis.call('SREM', KEYS[4], ARGV[1])
 -- Our own outcome, handed in again because the answer was lost on the way.
 if record[1] == 'ended' and record[2] == ARGV[2] and record[3] == ARGV[3] then return 1 end
@@ -17,7 +18,7 @@ redis.call('EXPIRE', KEYS[1], ARGV[6])
 redis.call('ZADD', KEYS[3], redis.call('INCR', KEYS[2]), ARGV[1])
 redis.call('SET', KEYS[5], ARGV[5], 'EX', ARGV[6])
 redis.call('PUBLISH', KEYS[5], ARGV[5])
-redis.call('RPUSH', KEYS[6], 1)
+redis.call('RPUSH', KEYS[6], started .. ' ' .. ARGV[4])
 redis.call('EXPIRE', KEYS[6], 60)
 if ARGV[7] ~= '' then
   -- Running mean that forgets: half the weight after 20 jobs.

@@ -1,7 +1,6 @@
 """Workers that die, freeze, hang and are told to go: no job is lost, none ends twice."""
 
 import signal
-import time
 
 from tasks.job import Job, JobState
 from tasks.ledger import Answer
@@ -20,18 +19,16 @@ def test_a_job_goes_the_whole_way(platform):
 
 
 def test_a_killed_workers_job_completes_on_another_within_15_seconds(platform):
-    first = platform.start_worker()
-    row = platform.submit("sleep 4")
+    workers = {worker.id: worker for worker in (platform.start_worker(), platform.start_worker())}
+    row = platform.submit("sleep 2")
     platform.until(lambda: platform.status(row) is JobState.RUNNING, 10)
-    second = platform.start_worker()
+    killed = platform.row(row).worker_id
 
-    first.signal(signal.SIGKILL)
-    killed_at = time.monotonic()
-    platform.until(lambda: platform.row(row).attempt == 2, 14)
-    row = platform.ended(row, 15 + 4 - (time.monotonic() - killed_at))
+    workers[killed].signal(signal.SIGKILL)
+    row = platform.ended(row, 15)
 
     assert row.status is JobState.COMPLETED
-    assert row.worker_id == second.id
+    assert row.worker_id in workers.keys() - {killed}
     assert row.attempt == 2
 
 

@@ -145,11 +145,13 @@ def test_waiters_wake_with_the_outcome_however_many_there_are(ledger):
     job = new_job()
     put(ledger, job)
     begin(ledger, job)
-    assert ledger.wait(job.id, 0.05) is False
+    assert ledger.wait(job.id, 0.05) is None
 
     ledger.finish(outcome(job), queue=QUEUE)
 
-    assert [ledger.wait(job.id, 5) for _ in range(3)] == [True] * 3
+    heard = [ledger.wait(job.id, 5) for _ in range(3)]
+    assert heard == [ledger.look(job.id)] * 3
+    assert heard[0].outcome == outcome(job)
 
 
 @pytest.mark.parametrize(

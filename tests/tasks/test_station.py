@@ -1,0 +1,108 @@
+"""A station in this process: what it does with its jobs when an engine of its own hangs or breaks."""
+
+import threading
+import time
+import uuid
+
+import pytest
+
+from engines.catalogue import JobType
+from engines.contract import EngineBroken
+from tasks.fleet import Card, WorkerState
+from tasks.job import Job, JobState
+from tasks.ledger import Answer, Ledger, open_store
+from tasks.station import EXIT_BROKEN, Station
+
+QUEUE = "asia-east.llm"
+
+
+class Stuck:
+    """An engine whose one thread hangs: nobody inside comes out before it is let go."""
+
+    slots = 4
+
+    def __init__(self):
+        self.go = threading.Event()
+
+    def run(self, params, report):
+        self.go.wait(30)
+        raise EngineBroken("let go")
+
+    def close(self):
+        self.go.set()
+
+
+@pytest.fixture
+def ledger(store_url):
+    return Ledger(open_store(store_url, timeout_s=2))
+
+
+def start(ledger, engine):
+    left = []
+    card = Card("w1", "asia-east", "host", "cpu", {JobType.LLM: "m"}, {JobType.LLM: 4}, time.time())
+    station = Station(card, {JobType.LLM: engine}, ledger, leave=left.append, hang_grace_s=0.2)
+    station.open()
+    return station, left
+
+
+def enter(ledger, timeout_s):
+    job = Job(str(uuid.uuid4()), JobType.LLM, 1)
+    ledger.put(job, queue=QUEUE, priority=0, params="{}", timeout_s=timeout_s)
+    return job
+
+
+def until(look, seconds=10):
+    end = time.monotonic() + seconds
+    while not look():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
+def test_a_hung_engine_costs_its_job_and_gives_the_others_back_uncounted(ledger):
+    engine = Stuck()
+    station, left = start(ledger, engine)
+    hung, beside = enter(ledger, 0.1), enter(ledger, 600)
+    threads = [threading.Thread(target=station.execute, args=[job]) for job in (hung, beside)]
+    for thread in threads:
+        thread.start()
+
+    until(lambda: left, 15)
+    engine.close()
+    for thread in threads:
+        thread.join()
+    station.close()
+
+    assert left[0] == EXIT_BROKEN
+    assert ledger.look(hung.id).outcome.outcome is JobState.TIMEOUT
+    assert ledger.position(beside.id, QUEUE) == 1
+    assert ledger.begin(beside, worker_id="w2", token="t").answer is Answer.RUN
+    assert ledger.cards() == []
+
+
+def test_a_job_of_a_type_without_an_engine_fails_and_says_so(ledger):
+    station, _ = start(ledger, Stuck())
+    job = Job(str(uuid.uuid4()), JobType.VISION, 1)
+    ledger.put(job, queue="asia-east.vision", priority=0, params="{}", timeout_s=5)
+
+    assert station.execute(job) == "failed"
+
+    assert ledger.look(job.id).outcome.error.code == "no_engine"
+    station.close()
+
+
+def test_the_card_shows_what_runs_and_whether_it_drains(ledger):
+    engine = Stuck()
+    station, _ = start(ledger, engine)
+    job = enter(ledger, 600)
+    thread = threading.Thread(target=station.execute, args=[job])
+    thread.start()
+
+    until(lambda: station.card.busy == {JobType.LLM: 1})
+    station.drain()
+    until(lambda: Card.decode(ledger.cards()[0]).state is WorkerState.DRAINING)
+    assert Card.decode(ledger.cards()[0]).busy == {JobType.LLM: 1}
+
+    engine.close()
+    thread.join()
+    station.close()
+    assert ledger.cards() == []
