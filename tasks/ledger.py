@@ -16,6 +16,7 @@ Keys of a region's store:
 """
 
 import json
+import logging
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,6 +31,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from tasks.job import MAX_ATTEMPTS, Envelope, Job, JobState
+
+logger = logging.getLogger(__name__)
 
 LEASE_S = 10.0
 BEAT_S = 2.0
@@ -160,7 +163,9 @@ class Ledger:
         if not said:
             return None
         started, _, text = said.partition(" ")
-        envelope = Envelope.decode(text)
+        envelope = _envelope(text)
+        if envelope is None:
+            return None
         return Record("ended", envelope.attempt, envelope.worker_id, int(started) / 1000 if started else None, envelope)
 
     def position(self, job_id: str, queue: str) -> int | None:
@@ -302,8 +307,17 @@ def _record(fields: list[str | None]) -> Record | None:
         attempt=int(attempt or 0),
         worker_id=worker,
         started_at=int(started) / 1000 if started else None,
-        outcome=Envelope.decode(outcome) if outcome else None,
+        outcome=_envelope(outcome) if outcome else None,
     )
+
+
+def _envelope(text: str) -> Envelope | None:
+    """None for what no worker of ours wrote: one such record must not hold up all the others."""
+    try:
+        return Envelope.decode(text)
+    except (ValueError, TypeError, KeyError) as error:
+        logger.error("an outcome in the store cannot be read and is ignored: %s", type(error).__name__)
+        return None
 
 
 def _celery_result(envelope: Envelope) -> str:

@@ -141,6 +141,16 @@ def test_an_outcome_for_a_store_that_was_emptied_is_kept_for_the_row_to_judge(le
     assert ledger.look(job.id).outcome == outcome(job)
 
 
+def test_an_outcome_that_no_worker_wrote_is_ignored(ledger):
+    job = new_job()
+    put(ledger, job)
+    for garbage in ("{", "[]", '{"outcome": "splendid"}', "null"):
+        ledger.store.hset(f"job:{job.id}", "outcome", garbage)
+
+        assert ledger.look(job.id).outcome is None
+        assert ledger.look_all([job.id])[job.id].outcome is None
+
+
 def test_waiters_wake_with_the_outcome_however_many_there_are(ledger):
     job = new_job()
     put(ledger, job)
