@@ -184,7 +184,7 @@ class Dispatch:
             changed = self.rows.end_with(record.outcome, started_at=record.started_at)
             if changed is None:
                 logger.info("job %s: an outcome came too late and is dropped", row.id)
-        elif record.state == "running" and row.status is JobState.QUEUED:
+        elif record.state == "running" and (row.status is JobState.QUEUED or row.worker_id != record.worker_id):
             changed = self.rows.begun(
                 row.id, attempt=record.attempt, worker_id=record.worker_id, started_at=record.started_at
             )
@@ -308,8 +308,10 @@ class Dispatch:
         self._marks.flush()
 
     def close(self) -> None:
-        """Write the last marks."""
+        """Write the last marks, and drop the connections."""
         self._marks.close()
+        for publisher in {link.broker.publisher for link in self.links.values()}:
+            publisher.close()
 
     def _try_to_tell(self, row: JobRow) -> None:
         try:

@@ -108,12 +108,19 @@ _INSERT = (
 )
 _BEGUN = (
     sql_update(jobs)
-    .where(jobs.c.id == bindparam("job"), _QUEUED, jobs.c.attempt == bindparam("of_attempt"))
+    .where(
+        jobs.c.id == bindparam("job"),
+        _LIVE,
+        jobs.c.attempt == bindparam("of_attempt"),
+        # Running already: another worker has it now, after one that was lost or gave it back.
+        or_(_QUEUED, jobs.c.worker_id.is_distinct_from(bindparam("worker"))),
+    )
     .values(
         version=jobs.c.version + 1,
         status=str(JobState.RUNNING),
         worker_id=bindparam("worker"),
-        started_at=_STARTED_AT,
+        started_at=func.coalesce(jobs.c.started_at, _STARTED_AT),
+        # Each attempt has its whole time.
         run_deadline=_STARTED_AT + jobs.c.timeout_seconds + RUN_GRACE_S,
         # due_at stays: that it was sent, and into which life of the store, is for sent() to write.
     )
@@ -246,7 +253,10 @@ class Rows:
         return earlier, False
 
     def begun(self, job_id: str, *, attempt: int, worker_id: str | None, started_at: float | None) -> JobRow | None:
-        """queued -> running, for the attempt that a worker began; None if the race was lost."""
+        """The worker has begun the attempt: queued -> running, or running on with another worker.
+
+        None if there was nothing to change, or the race was lost.
+        """
         values = {"job": job_id, "of_attempt": attempt, "worker": worker_id, "started": started_at}
         return self._returning(_BEGUN, values)
 
@@ -290,7 +300,14 @@ class Rows:
 
     def next_attempt(self, job_id: str, *, attempt: int) -> JobRow | None:
         """The attempt was lost: the next one is due at once. The public state stays what it is."""
-        return self._change(jobs.c.id == job_id, _LIVE, jobs.c.attempt == attempt, attempt=attempt + 1, due_at=now())
+        return self._change(
+            jobs.c.id == job_id,
+            _LIVE,
+            jobs.c.attempt == attempt,
+            attempt=attempt + 1,
+            run_deadline=None,
+            due_at=now(),
+        )
 
     def withdraw(self, job_id: str) -> bool:
         """Take back a job that nobody was told of; False if it is running or has ended already."""

@@ -40,6 +40,8 @@ class Model:
     folder: str | None = None
     #: The hub asks to accept terms first (HF_TOKEN).
     gated: bool = False
+    #: It computes here; False for an engine without weights, whose worker need not look for a device.
+    on_device: bool = True
 
 
 class UnknownModel(LookupError):
@@ -59,7 +61,7 @@ MODELS: Sequence[Model] = (
     Model("deepseek-ai/DeepSeek-V2-Lite-Chat", JobType.LLM, LLM, 36, aliases=("deepseek-ai/DeepSeek-V2-Lite",)),
     Model("zai-org/glm-4-9b-chat-hf", JobType.LLM, LLM, 21, aliases=("THUDM/glm-4-9b-chat",)),
     Model("HuggingFaceTB/SmolLM2-135M-Instruct", JobType.LLM, LLM, 1, packaged="smollm2-135m-instruct"),
-    Model("echo", JobType.LLM, "engines.echo:Engine"),
+    Model("echo", JobType.LLM, "engines.echo:Engine", on_device=False),
 )
 
 #: What a worker loads when nothing else is set: the seed's choice on a GPU, a small one where there is none.

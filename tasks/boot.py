@@ -16,7 +16,7 @@ from typing import Any
 from celery import signals
 
 from engines.catalogue import DEFAULT_ON_CPU, DEFAULT_ON_GPU, JobType, Model, UnknownModel
-from engines.contract import Engine, EngineLoadError, JobCancelled, JobReleased
+from engines.contract import Device, Engine, EngineLoadError, JobCancelled, JobReleased
 from tasks import routing, settings
 from tasks.channel import Listener
 from tasks.fleet import Card
@@ -155,15 +155,19 @@ def _load(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from engines import loading
 
-    device = loading.detect_device(index, worker.dtype, worker.max_memory_gib, worker.offload)
+    chosen: dict[JobType, Model] = {
+        job_type: loading.resolve(job_type, name) for job_type, name in worker.models.items() if job_type in types
+    }
+    device = Device("cpu")
+    if len(chosen) < len(types) or any(model.on_device for model in chosen.values()):
+        device = loading.detect_device(index, worker.dtype, worker.max_memory_gib, worker.offload)
     defaults = DEFAULT_ON_CPU if device.name == "cpu" else DEFAULT_ON_GPU
     engines: dict[JobType, Engine] = {}
     models: dict[JobType, str] = {}
     for job_type in types:
-        name = worker.models.get(job_type) or defaults.get(job_type)
-        if name is None:
+        if job_type not in chosen and job_type not in defaults:
             raise settings.SettingsError(f"No engine for {job_type} here: name a model for it, or leave its queue out.")
-        model: Model = loading.resolve(job_type, name)
+        model = chosen.get(job_type) or loading.resolve(job_type, defaults[job_type])
         began = time.monotonic()
         engines[job_type] = loading.load(model, device)
         models[job_type] = model.id

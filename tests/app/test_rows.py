@@ -234,11 +234,13 @@ def test_a_lost_attempt_is_due_at_once_and_its_job_still_runs_for_its_owner(rows
     assert ids(rows.due(10)) == [row.id]
 
 
-def test_a_job_is_begun_once(rows):
+def test_a_job_is_begun_once_by_a_worker_and_again_by_one_it_was_given_to(rows):
     row = begin(rows, submit(rows))
 
-    assert rows.begun(row.id, attempt=1, worker_id="w2", started_at=None) is None
+    assert rows.begun(row.id, attempt=1, worker_id="w1", started_at=None) is None
     assert rows.get(row.id) == row
+    again = rows.begun(row.id, attempt=1, worker_id="w2", started_at=None)
+    assert (again.status, again.worker_id, again.started_at) == (JobState.RUNNING, "w2", row.started_at)
 
 
 @pytest.mark.parametrize("state", LIVE)
@@ -441,6 +443,22 @@ def test_a_sent_job_is_not_due_until_it_is_to_be_sent_again(rows):
     assert rows.get(row.id).sends == 1
     assert rows.send_again(row.id).version == 3
     assert ids(rows.due(10)) == [row.id]
+
+
+def test_the_next_attempt_has_its_whole_time_and_the_job_keeps_its_start(rows, database):
+    row = begin(rows, submit(rows, timeout_seconds=100))
+    age(database, row, 1000, "run_deadline")
+    assert [late.id for late in rows.ran_too_long(10)] == [row.id]
+
+    rows.next_attempt(row.id, attempt=1)
+    assert rows.ran_too_long(10) == []
+    again = rows.begun(row.id, attempt=2, worker_id="w2", started_at=time.time() + 5)
+
+    assert (again.status, again.worker_id, again.started_at) == (JobState.RUNNING, "w2", row.started_at)
+    assert rows.ran_too_long(10) == []
+    age(database, row, 1000, "run_deadline")
+    assert [late.id for late in rows.ran_too_long(10)] == [row.id]
+    assert rows.begun(row.id, attempt=2, worker_id="w2", started_at=None) is None
 
 
 def test_a_mark_of_an_attempt_that_was_lost_meanwhile_marks_nothing(rows, database):

@@ -214,7 +214,7 @@ def test_a_cancel_while_the_store_is_away_frees_the_worker_when_it_is_back(platf
     platform.until(lambda: f"{running.id} attempt 1: cancelled" in worker.log.read_text(), 15)
 
 
-def test_urgent_jobs_overtake_and_equal_ones_keep_their_order_also_over_several_queues(platform):
+def test_urgent_jobs_overtake_and_equal_ones_keep_their_order(platform):
     hold = platform.start_worker(GPU_MAX_CONCURRENT_JOBS="1", queues="asia-east.llm")
     first = platform.submit("sleep 2")
     platform.until(lambda: platform.status(first) is JobState.RUNNING, 10)
@@ -232,6 +232,28 @@ def test_urgent_jobs_overtake_and_equal_ones_keep_their_order_also_over_several_
     order = sorted([*rows, urgent], key=lambda row: text.index(f"{row.id} attempt 1: completed"))
     assert order[0].id == urgent.id
     assert [row.id for row in order[1:]] == [row.id for row in rows]
+
+
+def test_a_worker_of_several_queues_takes_the_most_urgent_of_all_of_them_first(platform):
+    worker = platform.start_worker(GPU_MAX_CONCURRENT_JOBS="1")
+    first = platform.submit("sleep 2")
+    platform.until(lambda: platform.status(first) is JobState.RUNNING, 10)
+
+    # Those that may not leave the region have a queue of their own, which the worker serves too.
+    sent = [
+        (platform.submit(f"number {n}", priority=n % 10, allow_cross_region=n % 3 == 0), n % 10, n % 3 == 0)
+        for n in range(60)
+    ]
+    ended = [platform.ended(row, 30) for row, _, _ in sent]
+
+    text = worker.log.read_text()
+    ran = sorted(sent, key=lambda job: text.index(f"{job[0].id} attempt 1: completed"))
+    assert {row.status for row in ended} == {JobState.COMPLETED}
+    assert [priority for _, priority, _ in ran] == sorted((priority for _, priority, _ in sent), reverse=True)
+    for queue in (True, False):
+        for priority in range(10):
+            in_order = [row.id for row, at, where in sent if (at, where) == (priority, queue)]
+            assert [row.id for row, at, where in ran if (at, where) == (priority, queue)] == in_order
 
 
 def test_the_row_of_a_job_that_ended_is_never_changed_again(platform):
