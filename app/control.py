@@ -34,7 +34,7 @@ POSTPONE_S = 2.0
 #: How often the broker's queues are compared with the ledger's.
 COMPARE_EVERY_S = 5.0
 #: When a message may be thought lost at the earliest, and at which age the tries stop becoming rarer.
-RESEND_FIRST_S = 15.0
+RESEND_FIRST_S = 10.0
 RESEND_MOST_S = 900.0
 
 

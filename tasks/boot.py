@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 #: Exit code of a worker that cannot start as configured: EX_CONFIG of sysexits.h. A supervisor need not retry it.
 EXIT_CONFIG = 78
 STORE_TIMEOUT_S = 5.0
+#: How long the store may take to come up beside a worker that is started with it.
+STORE_PATIENCE_S = 10.0
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 _station: Station | None = None
@@ -83,11 +85,16 @@ def _start(sender: Any, **_: Any) -> None:
         started_at=time.time(),
     )
     store = open_store(regions[region].store, timeout_s=STORE_TIMEOUT_S)
-    try:
-        store.ping()
-    except StoreError as error:
-        sys.stderr.write(f"The worker cannot start: the store of {region} cannot be reached: {error}\n")
-        sys.exit(1)
+    patience_ends = time.monotonic() + STORE_PATIENCE_S
+    while True:
+        try:
+            store.ping()
+            break
+        except StoreError as error:
+            if time.monotonic() > patience_ends:
+                sys.stderr.write(f"The worker cannot start: the store of {region} cannot be reached: {error}\n")
+                sys.exit(1)
+        time.sleep(0.2)
     _station = opened = Station(card, engines, Ledger(store))
     _listener = Listener(store, card.worker_id, lambda job_id: opened.interrupt(job_id, JobCancelled()))
 

@@ -19,7 +19,10 @@ def test_a_job_goes_the_whole_way(platform):
 
 
 def test_a_killed_workers_job_completes_on_another_within_15_seconds(platform):
-    workers = {worker.id: worker for worker in (platform.start_worker(), platform.start_worker())}
+    for _ in range(2):
+        platform.start_worker(wait=False)
+    platform.until(lambda: all(worker.id for worker in platform.workers), 60)
+    workers = {worker.id: worker for worker in platform.workers}
     row = platform.submit("sleep 2")
     platform.until(lambda: platform.status(row) is JobState.RUNNING, 10)
     killed = platform.row(row).worker_id

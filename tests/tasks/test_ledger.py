@@ -354,7 +354,7 @@ def test_no_order_of_events_gives_a_job_two_holders_or_two_outcomes(store_url):
     machine = type("Machine", (LedgerMachine,), {"url": store_url})
 
     machine.TestCase.settings = settings(
-        max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+        max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
     )
     machine.TestCase("runTest").runTest()
 
