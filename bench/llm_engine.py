@@ -16,13 +16,12 @@ from statistics import median
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from bench.chat import SUBJECTS
 from engines.catalogue import JobType
 from engines.checkpoint import load
 from engines.contract import Report
 from engines.llm import Engine
 from engines.loading import detect_device, resolve
-
-SUBJECTS = ("the sea", "bread", "a small town in winter", "how a bicycle stays upright", "the number seven")
 
 
 def main() -> None:

@@ -29,6 +29,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def until(look: Callable[[], object], seconds: float) -> None:
+    """Wait for something to become true; fails if it does not within so many seconds."""
+    end = time.monotonic() + seconds
+    while not look():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.02)
+
+
 class Worker:
     """A real `celery -A tasks worker`."""
 
@@ -132,10 +140,7 @@ class Platform:
 
     def until(self, look: Callable[[], object], seconds: float) -> None:
         """Wait for something to become true; fails if it does not within so many seconds."""
-        end = time.monotonic() + seconds
-        while not look():
-            assert time.monotonic() < end, "it did not happen in time"
-            time.sleep(0.02)
+        until(look, seconds)
 
     def close(self) -> None:
         """End everything that was started."""

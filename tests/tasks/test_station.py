@@ -12,6 +12,7 @@ from tasks.fleet import Card, WorkerState
 from tasks.job import Job, JobState
 from tasks.ledger import Answer, Ledger, open_store
 from tasks.station import EXIT_BROKEN, Station
+from tests.rig import until
 
 QUEUE = "asia-east.llm"
 
@@ -49,13 +50,6 @@ def enter(ledger, timeout_s):
     job = Job(str(uuid.uuid4()), JobType.LLM, 1)
     ledger.put(job, queue=QUEUE, priority=0, params="{}", timeout_s=timeout_s)
     return job
-
-
-def until(look, seconds=10):
-    end = time.monotonic() + seconds
-    while not look():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.02)
 
 
 def test_a_hung_engine_costs_its_job_and_gives_the_others_back_uncounted(ledger):
@@ -97,9 +91,9 @@ def test_the_card_shows_what_runs_and_whether_it_drains(ledger):
     thread = threading.Thread(target=station.execute, args=[job])
     thread.start()
 
-    until(lambda: station.card.busy == {JobType.LLM: 1})
+    until(lambda: station.card.busy == {JobType.LLM: 1}, 10)
     station.drain()
-    until(lambda: Card.decode(ledger.cards()[0]).state is WorkerState.DRAINING)
+    until(lambda: Card.decode(ledger.cards()[0]).state is WorkerState.DRAINING, 10)
     assert Card.decode(ledger.cards()[0]).busy == {JobType.LLM: 1}
 
     engine.close()
