@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: demo up test check format bench setup clean
 .DEFAULT_GOAL := demo
 
-## One chat job and one asynchronous job through the whole platform, then stop.
+## A job of every type through the whole platform, then stop.
 demo: $(VENV)/.run
 	@$(BIN)/python -m local.demo
 
@@ -22,7 +22,7 @@ check: setup
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 format: setup
 	$(BIN)/ruff format

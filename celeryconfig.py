@@ -22,7 +22,17 @@ _home = _regions[settings.default_region(os.environ, _regions)]
 
 
 def queues_for(broker: str) -> list[Queue]:
-    """Every region's queues as the broker of that URL holds them.
+    """Every region's queues as the broker of that URL holds them; those of single models come as they are needed."""
+    return [
+        queue_named(routing.queue_name(region, job_type, pinned=pinned), broker)
+        for region in _regions
+        for job_type in JobType
+        for pinned in (False, True)
+    ]
+
+
+def queue_named(name: str, broker: str) -> Queue:
+    """A queue as the broker of that URL holds it.
 
     On RabbitMQ the topic exchange does the routing: the key is the queue's name. Every process declares the same
     arguments, or RabbitMQ refuses the second one (celery#8260). On Redis an exchange is kombu's own make-believe: a
@@ -32,13 +42,7 @@ def queues_for(broker: str) -> list[Queue]:
     amqp = routing.is_amqp(broker)
     exchange = Exchange(routing.EXCHANGE, type="topic", durable=True) if amqp else Exchange("", type="direct")
     arguments = {"x-max-priority": routing.PRIORITIES[-1]} if amqp else {}
-    names = [
-        routing.queue_name(region, job_type, pinned=pinned)
-        for region in _regions
-        for job_type in JobType
-        for pinned in (False, True)
-    ]
-    return [Queue(name, exchange, routing_key=name, queue_arguments=arguments) for name in names]
+    return Queue(name, exchange, routing_key=name, queue_arguments=arguments)
 
 
 def transport_options_for(broker: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 from flask import Flask
 from flask.json.provider import DefaultJSONProvider
 
-from app import commands, docs, errors, headers, health, jobs
+from app import commands, docs, errors, headers, health, jobs, models
 from app.auth import Guard
 from app.dispatch import open_dispatch
 from app.keys import Keys
@@ -35,7 +35,7 @@ def create_app(settings: Settings | None = None) -> Flask:
         "settings": settings,
         "database": engine,
         "keys": keys,
-        "dispatch": open_dispatch(engine, settings.regions, settings.default_region),
+        "dispatch": open_dispatch(engine, settings.regions, settings.default_region, settings.blobs_url),
         "sync_turns": threading.BoundedSemaphore(settings.sync_waiters),
         "api": docs.open_api(app),
     }
@@ -44,7 +44,7 @@ def create_app(settings: Settings | None = None) -> Flask:
     errors.register(app)
     headers.register(app)
     app.before_request(Guard(keys, allow_anonymous=settings.allow_anonymous).admit)
-    for blueprint in (jobs.blueprint, health.blueprint):
+    for blueprint in (jobs.blueprint, models.blueprint, health.blueprint):
         extensions["api"].register_blueprint(blueprint)
     app.register_blueprint(docs.blueprint)
     app.cli.add_command(commands.keys)

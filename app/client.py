@@ -11,10 +11,12 @@ no second job.
     └── JobNotCompleted         the job ended otherwise, or goes on; .job is the job
 """
 
+import base64
 import random
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import requests
@@ -34,7 +36,7 @@ BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.Chunke
 
 _POLL_FIRST_S = 0.1
 _POLL_MOST_S = 2.0
-_JOB_OPTIONS = ("priority", "region", "allow_cross_region", "timeout_seconds", "queue_timeout_seconds")
+_JOB_OPTIONS = ("model", "priority", "region", "allow_cross_region", "timeout_seconds", "queue_timeout_seconds")
 
 Job = dict[str, Any]
 
@@ -86,12 +88,61 @@ class GPUInferenceClient:
 
         kwargs: max_tokens, temperature, top_p, seed, stop; timeout (seconds, 60), wait_for_worker; job options.
         """
-        return self._run("llm", {"messages": list(messages)}, kwargs)
+        return self.run("llm", {"messages": list(messages)}, **kwargs)
+
+    def generate_image(self, prompt: str, **kwargs: Any) -> bytes:
+        """A picture as PNG.
+
+        kwargs: negative_prompt, width, height, steps, seed, guidance_scale; timeout (seconds, 120); as for chat.
+        """
+        job = self.run("image_gen", {"prompt": prompt}, **{"timeout": 120, **kwargs})
+        return base64.b64decode(job["result"]["image_base64"])
+
+    def analyze_image(self, image_path: str, question: str | None = None, task: str = "image_qa", **kwargs: Any) -> str:
+        """What a picture shows: the answer to a question (image_qa), a description (image_caption), its text (ocr).
+
+        kwargs: max_tokens; as for chat.
+        """
+        params = {"image_base64": _base64(image_path), "task": task, **({"question": question} if question else {})}
+        response: str = self.run("vision", params, **kwargs)["result"]["response"]
+        return response
+
+    def transcribe(self, audio_path: str, **kwargs: Any) -> str:
+        """What is said in a sound file.
+
+        kwargs: language (a code such as zh; detected without), task ("translate": into English); timeout (120); as for
+        chat.
+        """
+        job = self.run("whisper", {"audio_base64": _base64(audio_path)}, **{"timeout": 120, **kwargs})
+        text: str = job["result"]["text"]
+        return text
+
+    def embed(self, texts: str | Sequence[str], **kwargs: Any) -> list[list[float]]:
+        """A vector of length 1 for each text.
+
+        kwargs: input_type ("query" or "passage"), truncate; as for chat.
+        """
+        job = self.run("embedding", {"input": texts if isinstance(texts, str) else list(texts)}, **kwargs)
+        vectors: list[list[float]] = job["result"]["embeddings"]
+        return vectors
+
+    def run(self, job_type: str, params: Mapping[str, Any], **kwargs: Any) -> Job:
+        """The completed job, waited for. Raises JobNotCompleted.
+
+        kwargs: timeout (seconds, 60), wait_for_worker; job options as for submit; whatever else is left joins params.
+        """
+        given = dict(kwargs)
+        timeout = given.pop("timeout", 60)
+        query = {"timeout": timeout, "wait_for_worker": "true" if given.pop("wait_for_worker", True) else "false"}
+        options = {name: given.pop(name) for name in _JOB_OPTIONS if name in given}
+        body = {"type": job_type, "params": {**params, **given}, **options}
+        path = "/api/v1/jobs/sync"
+        return _job(self._send("POST", path, json=body, params=query, headers=_key(), answer_s=timeout + ANSWER_S))
 
     def submit(self, job_type: str, params: Mapping[str, Any], **options: Any) -> Job:
         """Send a job and return at once; follow it by job["job_id"].
 
-        options: priority, region, allow_cross_region, timeout_seconds, queue_timeout_seconds.
+        options: model, priority, region, allow_cross_region, timeout_seconds, queue_timeout_seconds.
         """
         body = {"type": job_type, "params": dict(params), **options}
         return _job(self._send("POST", "/api/v1/jobs", json=body, headers=_key()))
@@ -133,18 +184,14 @@ class GPUInferenceClient:
                 return
             filters = {**filters, "cursor": page["next_cursor"]}
 
+    def models(self, **filters: Any) -> list[dict[str, Any]]:
+        """What can be asked for, and where it is live. filters: type, live."""
+        items: list[dict[str, Any]] = _job(self._send("GET", "/api/v1/models", params=filters))["items"]
+        return items
+
     def stats(self, region: str | None = None) -> dict[str, Any]:
         """What waits and who works, in one region or in all."""
         return _job(self._send("GET", "/api/v1/jobs/stats/queue", params={"region": region} if region else None))
-
-    def _run(self, job_type: str, params: dict[str, Any], kwargs: Mapping[str, Any]) -> Job:
-        given = dict(kwargs)
-        timeout = given.pop("timeout", 60)
-        query = {"timeout": timeout, "wait_for_worker": "true" if given.pop("wait_for_worker", True) else "false"}
-        options = {name: given.pop(name) for name in _JOB_OPTIONS if name in given}
-        body = {"type": job_type, "params": {**params, **given}, **options}
-        path = "/api/v1/jobs/sync"
-        return _job(self._send("POST", path, json=body, params=query, headers=_key(), answer_s=timeout + ANSWER_S))
 
     def _send(self, method: str, path: str, *, answer_s: float = ANSWER_S, **request: Any) -> requests.Response:
         """The answer, sent again while the server is away or asks to come back later."""
@@ -163,6 +210,10 @@ class GPUInferenceClient:
             pauses_left_s -= pause_s
             time.sleep(pause_s)
         raise AssertionError("unreachable")
+
+
+def _base64(path: str) -> str:
+    return base64.b64encode(Path(path).read_bytes()).decode()
 
 
 def _key() -> dict[str, str]:

@@ -10,7 +10,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from dotenv import find_dotenv, load_dotenv
 from sqlalchemy.exc import SQLAlchemyError
@@ -20,9 +20,9 @@ from app.links import Down, Link, Mailbox
 from app.rows import JobRow
 from app.settings import Settings
 from app.tables import open_database
-from engines.schemas import PARAMS
 from tasks import routing
 from tasks.job import MAX_ATTEMPTS, JobError, JobState
+from tasks.ledger import Queued
 
 logger = logging.getLogger(__name__)
 
@@ -153,9 +153,12 @@ class Reconciler:
     def resend_missing(self) -> None:
         """Send again what waits in the ledger while the broker holds fewer messages than that, twice in a row."""
         lacking: dict[str, int] = {}
+        models: dict[str, str | None] = {}
         for link in self._dispatch.links.values():
             try:
-                lacking.update(self._compare(link))
+                queues = link.queues()
+                lacking.update(self._compare(link, queues))
+                models.update({name: queued.model for name, queued in queues.items()})
             except Down as down:
                 logger.debug("%s", down)
         for name, missing in lacking.items():
@@ -164,7 +167,7 @@ class Reconciler:
                 continue
             region, job_type = routing.split_queue(name)
             rows = self._rows.long_unbegun(
-                region, job_type, first_s=RESEND_FIRST_S, most_s=RESEND_MOST_S, limit=min(both, BATCH)
+                region, job_type, models[name], first_s=RESEND_FIRST_S, most_s=RESEND_MOST_S, limit=min(both, BATCH)
             )
             for row in rows:
                 self._rows.send_again(row.id)
@@ -172,18 +175,15 @@ class Reconciler:
                 logger.warning("queue %s lacks %d messages; %d jobs are sent again", name, both, len(rows))
         self._lacking = lacking
 
-    def _compare(self, link: Link) -> dict[str, int]:
+    def _compare(self, link: Link, queues: Mapping[str, Queued]) -> dict[str, int]:
         """By queue: jobs that wait in the ledger less messages that wait in the broker."""
-        names = [routing.queue_name(link.region.name, job_type) for job_type in PARAMS]
-        with link.mailbox.breaker:
-            waiting = link.mailbox.ledger.depths(names)
-        names = [name for name in names if waiting[name]]
+        names = [name for name, queued in queues.items() if queued.depth]
         if not names:
             return {}
         pinned = {name: f"{name}.local" for name in names}
         with link.broker.breaker:
             held = link.broker.publisher.depths([*names, *pinned.values()])
-        return {name: waiting[name] - held[name] - held[pinned[name]] for name in names}
+        return {name: queues[name].depth - held[name] - held[pinned[name]] for name in names}
 
     def _lose(self, row: JobRow, attempt: int, worker_id: str) -> None:
         if attempt >= MAX_ATTEMPTS:
@@ -226,7 +226,9 @@ def main() -> None:
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
-    dispatch = open_dispatch(open_database(settings.database_url), settings.regions, settings.default_region)
+    dispatch = open_dispatch(
+        open_database(settings.database_url), settings.regions, settings.default_region, settings.blobs_url
+    )
     logger.info("control is up")
     run(dispatch, stopped)
     dispatch.close()

@@ -16,12 +16,15 @@ from typing import Any
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.blobs import Blobs
 from app.links import Down, Link, open_links
 from app.rows import IdempotencyConflict, JobRow, Rows, fingerprint_of
-from engines.catalogue import JobType
-from engines.schemas import PARAMS
+from engines import catalogue
+from engines.catalogue import JobType, UnknownModel
+from engines.contract import Progress
 from tasks import routing
-from tasks.job import Job, JobError, JobState
+from tasks.fleet import Card
+from tasks.job import Envelope, Job, JobError, JobState
 from tasks.ledger import Record, StoreError
 from tasks.routing import Load, Region
 
@@ -58,6 +61,9 @@ class Request:
     """What a client asks for, validated."""
 
     type: JobType
+    #: The catalogue's id of the model that must run it, and what the client called it; None for any model.
+    model: str | None
+    requested_model: str | None
     params: Mapping[str, Any]
     priority: int
     region: str | None
@@ -100,8 +106,9 @@ class Statistics:
 class Dispatch:
     """Takes jobs in and tells what became of them. Threads may share it."""
 
-    def __init__(self, rows: Rows, links: Mapping[str, Link], default_region: str) -> None:
+    def __init__(self, rows: Rows, links: Mapping[str, Link], default_region: str, blobs: Blobs) -> None:
         self.rows = rows
+        self._blobs = blobs
         self.links = links
         self._default_region = default_region
         self._marks = SentMarks(rows)
@@ -115,22 +122,18 @@ class Dispatch:
         Raises IdempotencyConflict.
         """
         region = self._region_for(request)
-        row, new = self.rows.insert(
-            str(uuid.uuid4()),
-            owner=owner,
-            type=request.type,
-            params=json.dumps(request.params, separators=(",", ":")),
-            priority=request.priority,
-            region_wanted=request.region,
-            region=region,
-            allow_cross_region=request.allow_cross_region,
-            timeout_seconds=request.timeout_seconds,
-            queue_timeout_seconds=request.queue_timeout_seconds,
-            idempotency_key=idempotency_key,
-            fingerprint=_fingerprint(request) if idempotency_key else None,
-            told_at_once=not must_send,
-        )
+        try:
+            params = self._blobs.keep(json.dumps(request.params, separators=(",", ":")))
+        except OSError as error:
+            logger.error("the blob store does not take a job's params: %s", error)
+            raise Unavailable("blobs_unavailable", "The store for large inputs does not answer.") from error
+        try:
+            row, new = self._insert(owner, request, region, params, idempotency_key, told_at_once=not must_send)
+        except Exception:
+            self._blobs.drop(params)
+            raise
         if not new:
+            self._blobs.drop(params)
             return Submitted(row, replayed=True)
         position = None
         try:
@@ -141,20 +144,52 @@ class Dispatch:
             logger.warning("job %s is held until its region answers: %s", row.id, down)
         return Submitted(row, replayed=False, position=position)
 
+    def _insert(
+        self, owner: str, request: Request, region: str, params: str, idempotency_key: str | None, *, told_at_once: bool
+    ) -> tuple[JobRow, bool]:
+        return self.rows.insert(
+            str(uuid.uuid4()),
+            owner=owner,
+            type=request.type,
+            model=request.model,
+            requested_model=request.requested_model,
+            params=params,
+            priority=request.priority,
+            region_wanted=request.region,
+            region=region,
+            allow_cross_region=request.allow_cross_region,
+            timeout_seconds=request.timeout_seconds,
+            queue_timeout_seconds=request.queue_timeout_seconds,
+            idempotency_key=idempotency_key,
+            fingerprint=_fingerprint(request) if idempotency_key else None,
+            told_at_once=told_at_once,
+        )
+
     def send(self, row: JobRow) -> int | None:
-        """Enter the row's attempt in its region's store and publish its message; the place it got. Raises Down."""
+        """Enter the row's attempt in its region's store and publish its message; the place it got. Raises Down.
+
+        A job whose params are gone ends here.
+        """
         link = self.links[row.region]
         job = Job(row.id, row.type, row.attempt)
+        try:
+            params = self._blobs.read(row.params)
+        except FileNotFoundError:
+            self.end(row, JobState.FAILED, JobError("params_lost", "Its input is no longer in the store of inputs."))
+            return None
+        except OSError as error:
+            raise Down(f"The store for large inputs does not answer: {type(error).__name__}.") from error
         with link.mailbox.breaker:
             entered = link.mailbox.ledger.put(
                 job,
-                queue=routing.queue_name(row.region, row.type),
+                queue=routing.queue_name(row.region, row.type, row.model),
+                model=row.model,
                 priority=row.priority,
-                params=row.params,
+                params=params,
                 timeout_s=row.timeout_seconds,
             )
         if entered.state == "queued":
-            queue_name = routing.queue_name(row.region, row.type, pinned=not row.allow_cross_region)
+            queue_name = routing.queue_name(row.region, row.type, row.model, pinned=not row.allow_cross_region)
             with link.broker.breaker:
                 link.broker.publisher.publish(job, queue=queue_name, priority=row.priority)
         self._marks.add(row, entered.epoch)
@@ -181,8 +216,10 @@ class Dispatch:
             return row
         changed: JobRow | None = None
         if record.outcome is not None:
-            changed = self.rows.end_with(record.outcome, started_at=record.started_at)
+            kept = self._keep(record.outcome)
+            changed = self.rows.end_with(record.outcome, started_at=record.started_at, kept=kept)
             if changed is None:
+                self._blobs.drop(kept or "")
                 logger.info("job %s: an outcome came too late and is dropped", row.id)
         elif record.state == "running" and (row.status is JobState.QUEUED or row.worker_id != record.worker_id):
             changed = self.rows.begun(
@@ -208,6 +245,49 @@ class Dispatch:
                 time.sleep(min(left, _POLL_S))
             row = self.fold(row, record) if record else self.look(row.id) or row
         return row
+
+    def result(self, row: JobRow) -> str | None:
+        """A completed job's result as JSON text. Raises Unavailable where it lies in a store that does not answer."""
+        try:
+            return None if row.result is None else self._blobs.read(row.result)
+        except OSError as error:
+            logger.error("job %s: its result cannot be read: %s", row.id, error)
+            raise Unavailable("blobs_unavailable", "The store for large results does not answer.") from error
+
+    def progress(self, row: JobRow) -> Progress | None:
+        """How far a running job has come, as its worker last said; None where that is not known."""
+        if row.status is not JobState.RUNNING:
+            return None
+        link = self.links[row.region]
+        try:
+            with link.mailbox.breaker:
+                return link.mailbox.ledger.progress(row.id)
+        except Down:
+            return None
+
+    def cards(self) -> list[Card]:
+        """The live workers of every region that can be reached."""
+        found = []
+        for link in self.links.values():
+            try:
+                found += link.cards()
+            except Down:
+                continue
+        return found
+
+    def model_id(self, job_type: JobType, name: str) -> str:
+        """The id of the model that a client means: a row of the catalogue, or what a live worker has loaded.
+
+        Raises UnknownModel with the nearest names.
+        """
+        live = {
+            card.models[job_type].casefold(): card.models[job_type] for card in self.cards() if job_type in card.models
+        }
+        try:
+            return live.get(name.casefold()) or catalogue.find(job_type, name).id
+        except UnknownModel as error:
+            others = sorted(set(live.values()) - {row.id for row in catalogue.MODELS})
+            raise UnknownModel(f"{error} Live: {', '.join(others)}." if others else str(error)) from None
 
     def cancel(self, row: JobRow) -> JobRow:
         """End the job as cancelled, unless it has ended; the row tells who was first."""
@@ -241,6 +321,7 @@ class Dispatch:
             link.mailbox.ledger.cancel(row.id)
         if row.withdrawn:
             self.rows.remove(row.id)
+            self._blobs.drop(row.params)
         else:
             self.rows.told(row.id)
 
@@ -250,10 +331,10 @@ class Dispatch:
             return Place()
         link = self.links[row.region]
         try:
-            load = link.load(row.type)
+            load = link.load(row.type, row.model)
             if position is None:
                 with link.mailbox.breaker:
-                    position = link.mailbox.ledger.position(row.id, routing.queue_name(row.region, row.type))
+                    position = link.mailbox.ledger.position(row.id, routing.queue_name(row.region, row.type, row.model))
         except Down:
             return Place(reason=f"Region {row.region} cannot be reached; the job is sent when it is back.")
         wait_s = None if position is None else routing.estimated_wait_s(position - 1, load)
@@ -265,13 +346,13 @@ class Dispatch:
         Raises Unavailable if none can be reached.
         """
         links = [self.links[region]] if region else list(self.links.values())
-        by_type = dict.fromkeys(PARAMS, 0)
+        by_type = dict.fromkeys(JobType, 0)
         waits: list[float] = []
         workers = reached = 0
         for link in links:
             try:
                 workers += len(link.cards())
-                for job_type, depth in link.depths(PARAMS).items():
+                for job_type, depth in link.depths().items():
                     by_type[job_type] += depth
                     wait_s = routing.estimated_wait_s(depth, link.load(job_type))
                     waits += [] if wait_s is None else [wait_s]
@@ -285,7 +366,7 @@ class Dispatch:
     def has_worker(self, request: Request) -> bool:
         """Whether a live worker may take such a job now."""
         wanted = request.region or self._default_region
-        loads = self._loads(request.type)
+        loads = self._loads(request.type, request.model)
         names = loads if request.allow_cross_region else [wanted]
         return any(loads[name].slots > 0 for name in names if name in loads)
 
@@ -313,6 +394,17 @@ class Dispatch:
         for publisher in {link.broker.publisher for link in self.links.values()}:
             publisher.close()
 
+    def _keep(self, outcome: Envelope) -> str | None:
+        if outcome.result is None:
+            return None
+        text = json.dumps(outcome.result, separators=(",", ":"))
+        try:
+            return self._blobs.keep(text)
+        except OSError as error:
+            # Rather a large row than an outcome that is lost.
+            logger.error("job %s: its result stays in its row; the blob store: %s", outcome.job_id, error)
+            return text
+
     def _try_to_tell(self, row: JobRow) -> None:
         try:
             self.tell(row)
@@ -324,13 +416,13 @@ class Dispatch:
         if not request.allow_cross_region:
             return wanted
         regions = {name: link.region for name, link in self.links.items()}
-        return routing.choose_region(wanted, regions, self._loads(request.type), cross_region=True)
+        return routing.choose_region(wanted, regions, self._loads(request.type, request.model), cross_region=True)
 
-    def _loads(self, job_type: JobType) -> dict[str, Load]:
+    def _loads(self, job_type: JobType, model: str | None) -> dict[str, Load]:
         loads = {}
         for name, link in self.links.items():
             try:
-                loads[name] = link.load(job_type)
+                loads[name] = link.load(job_type, model)
             except Down:
                 continue
         return loads
@@ -384,9 +476,12 @@ class SentMarks:
                 logger.warning("some sent jobs stay due and will be sent twice: %s", error)
 
 
-def open_dispatch(engine: Engine, regions: Mapping[str, Region], default_region: str) -> Dispatch:
-    """A Dispatch on this database and these regions; nothing is connected before it is needed."""
-    return Dispatch(Rows(engine), open_links(regions), default_region)
+def open_dispatch(engine: Engine, regions: Mapping[str, Region], default_region: str, blobs_url: str) -> Dispatch:
+    """A Dispatch on this database, these regions and this store of large texts.
+
+    Nothing is connected before it is needed.
+    """
+    return Dispatch(Rows(engine), open_links(regions), default_region, Blobs(blobs_url))
 
 
 def _fingerprint(request: Request) -> str:
@@ -397,7 +492,8 @@ def _fingerprint(request: Request) -> str:
 def _reason(row: JobRow, load: Load, position: int | None) -> str:
     if load.slots == 0:
         stays = "" if row.allow_cross_region else ", and it may not leave the region"
-        return f"No live worker serves {row.type} in {row.region}{stays}."
+        what = row.type if row.model is None else f"{row.type} with {row.model}"
+        return f"No live worker serves {what} in {row.region}{stays}."
     if position is None:
         return "It is on its way to a worker."
     if load.free == 0:

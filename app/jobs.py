@@ -7,6 +7,7 @@ from typing import Any, assert_never
 
 from flask import current_app, jsonify, url_for
 
+from app import examples
 from app.auth import caller, requires
 from app.dispatch import Dispatch, Place, Request, Statistics
 from app.errors import Busy, JobEnded, JobNotFound
@@ -40,31 +41,11 @@ _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
 _UNFINISHED = JobUnfinished()
 
-LLM_EXAMPLE = {
-    "summary": "A chat",
-    "value": {
-        "type": "llm",
-        "params": {
-            "messages": [
-                {"role": "system", "content": "你是一个有帮助的助手"},
-                {"role": "user", "content": "你好，请介绍一下自己"},
-            ],
-            "max_tokens": 2048,
-            "temperature": 0.7,
-            "top_p": 0.9,
-        },
-        "priority": 0,
-        "region": "asia-east",
-        "allow_cross_region": True,
-        "timeout_seconds": 300,
-    },
-}
-
 
 @blueprint.post("")
 @requires(Scope.INFER)
 @blueprint.arguments(IdempotencyHeaders(), location="headers")
-@blueprint.arguments(JobCreate(), examples={"llm": LLM_EXAMPLE})
+@blueprint.arguments(JobCreate(), examples=examples.JOBS)
 @blueprint.response(202, JobCreated, headers={"Location": {"schema": {"type": "string"}}})
 def create(headers: dict[str, Any], wanted: Request) -> Any:
     """Send a job and return at once.
@@ -84,7 +65,7 @@ def create(headers: dict[str, Any], wanted: Request) -> Any:
 @requires(Scope.INFER)
 @blueprint.arguments(SyncQuery(), location="query")
 @blueprint.arguments(IdempotencyHeaders(), location="headers")
-@blueprint.arguments(JobCreate(), examples={"llm": LLM_EXAMPLE})
+@blueprint.arguments(JobCreate(), examples=examples.JOBS)
 @blueprint.response(200, JobView, headers={"X-Job-Id": {"schema": {"type": "string"}}})
 @blueprint.alt_response(409, schema=JobUnfinished, description="It was cancelled.")
 @blueprint.alt_response(500, schema=JobUnfinished, description="It failed; `error` says why.")
@@ -114,10 +95,10 @@ def run(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> Any:
         extra["Idempotent-Replayed"] = "true"
     status, reason = _verdict(row, timeout_s)
     if reason is None:
-        return Shown(row, Place()), status, extra
+        return Shown(row, Place(), answer=dispatch.result(row)), status, extra
     # OpenAI's clients would send a job that failed or takes long twice more.
     extra["x-should-retry"] = "false"
-    return jsonify(_UNFINISHED.dump(Shown(row, dispatch.place(row), reason))), status, extra
+    return jsonify(_UNFINISHED.dump(Shown(row, dispatch.place(row), reason, dispatch.progress(row)))), status, extra
 
 
 @blueprint.get("/<job_id>")
@@ -125,8 +106,8 @@ def run(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> Any:
 @blueprint.response(200, JobView)
 def show(job_id: str) -> Shown:
     """One job, with its result once it has completed."""
-    row = _find(job_id)
-    return Shown(row, _dispatch().place(row))
+    row, dispatch = _find(job_id), _dispatch()
+    return Shown(row, dispatch.place(row), progress=dispatch.progress(row), answer=dispatch.result(row))
 
 
 @blueprint.delete("/<job_id>")

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from engines.catalogue import JobType
 from tasks import fleet, routing
 from tasks.fleet import Card
-from tasks.ledger import WAIT_SLICE_S, Ledger, StoreError, open_store
+from tasks.ledger import WAIT_SLICE_S, Ledger, Queued, StoreError, open_store
 from tasks.publisher import BrokerError, Publisher
 from tasks.routing import Load, Region
 
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 #: One store call; a submit makes one of these and one publish.
 STORE_TIMEOUT_S = 0.7
+#: One transfer of megabytes; at the narrowest a MiB takes about a second.
+BULK_TIMEOUT_S = 60.0
 #: How long a server that did not answer is left alone before one caller tries again.
 REST_S = 1.0
 #: Cards and speeds are read at most this often; a worker's own beat is slower.
@@ -117,17 +119,23 @@ class Link:
         """The region's live workers. Raises Down."""
         return [card for card in self.mailbox.cards.get() if card.region == self.region.name]
 
-    def load(self, job_type: JobType) -> Load:
-        """What the region can do now for a type. Raises Down."""
+    def load(self, job_type: JobType, model: str | None = None) -> Load:
+        """What the region can do now for a type, or for jobs of it that name a model. Raises Down."""
         queue = routing.queue_name(self.region.name, job_type)
-        return fleet.load_of(self.cards(), job_type, service_s=self.mailbox.speeds.get().get(queue))
+        return fleet.load_of(self.cards(), job_type, model, service_s=self.mailbox.speeds.get().get(queue))
 
-    def depths(self, job_types: Iterable[JobType]) -> dict[JobType, int]:
-        """How many jobs wait here, by type. Raises Down."""
-        queues = {job_type: routing.queue_name(self.region.name, job_type) for job_type in job_types}
+    def queues(self) -> dict[str, Queued]:
+        """The region's queues, by name. Raises Down."""
         with self.mailbox.breaker:
-            depths = self.mailbox.ledger.depths(list(queues.values()))
-        return {job_type: depths[queue] for job_type, queue in queues.items()}
+            found = self.mailbox.ledger.queues()
+        return {name: queued for name, queued in found.items() if routing.split_queue(name)[0] == self.region.name}
+
+    def depths(self) -> dict[JobType, int]:
+        """How many jobs wait here, by type. Raises Down."""
+        depths = dict.fromkeys(JobType, 0)
+        for name, queued in self.queues().items():
+            depths[routing.split_queue(name)[1]] += queued.depth
+        return depths
 
 
 def open_links(regions: Mapping[str, Region]) -> dict[str, Link]:
@@ -139,6 +147,7 @@ def open_links(regions: Mapping[str, Region]) -> dict[str, Link]:
             ledger = Ledger(
                 open_store(region.store, timeout_s=STORE_TIMEOUT_S),
                 waiting=open_store(region.store, timeout_s=STORE_TIMEOUT_S, block_s=WAIT_SLICE_S),
+                bulk=open_store(region.store, timeout_s=BULK_TIMEOUT_S),
             )
             mailboxes[region.store] = _mailbox(ledger, Breaker(f"store of {region.name}", StoreError), list(regions))
         if region.broker not in brokers:

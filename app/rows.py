@@ -35,6 +35,8 @@ class JobRow:
     id: str
     owner: str
     type: JobType
+    model: str | None
+    requested_model: str | None
     params: str
     priority: int
     region_wanted: str | None
@@ -87,6 +89,8 @@ _INSERT = (
         id=bindparam("id"),
         owner=bindparam("owner"),
         type=bindparam("type"),
+        model=bindparam("model"),
+        requested_model=bindparam("requested_model"),
         params=bindparam("params"),
         priority=bindparam("priority"),
         region_wanted=bindparam("region_wanted"),
@@ -205,6 +209,8 @@ class Rows:
         *,
         owner: str,
         type: JobType,
+        model: str | None,
+        requested_model: str | None,
         params: str,
         priority: int,
         region_wanted: str | None,
@@ -225,6 +231,8 @@ class Rows:
             "id": job_id,
             "owner": owner,
             "type": str(type),
+            "model": model,
+            "requested_model": requested_model,
             "params": params,
             "priority": priority,
             "region_wanted": region_wanted,
@@ -260,8 +268,11 @@ class Rows:
         values = {"job": job_id, "of_attempt": attempt, "worker": worker_id, "started": started_at}
         return self._returning(_BEGUN, values)
 
-    def end_with(self, envelope: Envelope, *, started_at: float | None) -> JobRow | None:
-        """queued or running -> what a worker says became of it; None if the job had ended before."""
+    def end_with(self, envelope: Envelope, *, started_at: float | None, kept: str | None = None) -> JobRow | None:
+        """queued or running -> what a worker says became of it; None if the job had ended before.
+
+        kept: what the row is to hold in place of the result, where that lies elsewhere.
+        """
         error = envelope.error
         values = {
             "job": envelope.job_id,
@@ -269,7 +280,7 @@ class Rows:
             "worker": envelope.worker_id,
             "in_region": envelope.region,
             "started": started_at,
-            "answer": None if envelope.result is None else json.dumps(envelope.result, separators=(",", ":")),
+            "answer": kept or (None if envelope.result is None else json.dumps(envelope.result, separators=(",", ":"))),
             "code": error.code if error else None,
             "message": _storable(error.message) if error else None,
         }
@@ -375,7 +386,7 @@ class Rows:
         return self._some(union_all(*(entered.where(other) for other in ranges)), limit)
 
     def long_unbegun(
-        self, region: str, job_type: JobType, *, first_s: float, most_s: float, limit: int
+        self, region: str, job_type: JobType, model: str | None, *, first_s: float, most_s: float, limit: int
     ) -> list[JobRow]:
         """Queued jobs sent a while ago, oldest first; the wait grows with the square of the sends, up to most_s."""
         growing = first_s * jobs.c.sends * jobs.c.sends
@@ -384,6 +395,7 @@ class Rows:
             _QUEUED,
             jobs.c.region == region,
             jobs.c.type == str(job_type),
+            jobs.c.model.is_not_distinct_from(model),
             jobs.c.sent_at < now() - case((growing > most_s, most_s), else_=growing),
             jobs.c.due_at.is_(None),
         )

@@ -15,12 +15,15 @@ from typing import Any
 from flask import current_app
 from marshmallow import RAISE, Schema, ValidationError, fields, post_load, validate
 
-from app.dispatch import Place, Request
+from app.dispatch import Dispatch, Place, Request
 from app.parsing import as_mapping, hinted, near
 from app.rows import JobRow
 from app.settings import Settings
-from engines.catalogue import JobType
-from engines.schemas import PARAMS, Int, Number, load_params
+from engines import catalogue
+from engines.catalogue import JobType, UnknownModel
+from engines.contract import Progress
+from engines.fields import Int, Number, Text, Truth
+from engines.schemas import PARAMS, load_params
 from tasks.job import JobError, JobState
 from tasks.routing import PRIORITIES
 
@@ -29,15 +32,6 @@ LONGEST_S = 86_400
 #: Longest time one sync request may wait.
 LONGEST_SYNC_S = 3600
 MOST_PER_PAGE = 200
-
-
-class Truth(fields.Boolean):
-    """true or false; 1 and "yes" are refused."""
-
-    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> bool:
-        if not isinstance(value, bool):
-            raise self.make_error("invalid", input=value)
-        return value
 
 
 class Params(fields.Dict):
@@ -83,13 +77,6 @@ class WholeSeconds(fields.Integer):
         return None if value is None else math.ceil(value)
 
 
-class JsonText(fields.Dict):
-    """An object that is kept as JSON text."""
-
-    def _serialize(self, value: Any, attr: str | None, obj: Any, **kwargs: Any) -> Any:
-        return None if value is None else json.loads(value)
-
-
 class Cursor(fields.String):
     """The place after the last job of a page, as clients need not read it."""
 
@@ -133,6 +120,15 @@ class JobCreate(Schema):
         required=True, validate=_known_type, metadata={"enum": [str(name) for name in PARAMS], "example": "llm"}
     )
     params = Params(required=True, metadata={"description": "What the type takes."})
+    model = Text(
+        load_default=None,
+        allow_none=True,
+        validate=validate.Length(min=1, max=200),
+        metadata={
+            "description": "Only a worker that has this model loaded runs it (GET /api/v1/models); left out, any does.",
+            "example": "Qwen/Qwen2.5-7B-Instruct",
+        },
+    )
     priority = Int(
         load_default=0,
         validate=validate.Range(min=PRIORITIES[0], max=PRIORITIES[-1]),
@@ -160,7 +156,13 @@ class JobCreate(Schema):
 
     @post_load
     def _request(self, data: dict[str, Any], **_: Any) -> Request:
-        return Request(**{**data, "type": JobType(data["type"])})
+        job_type, name = JobType(data["type"]), data["model"]
+        dispatch: Dispatch = current_app.extensions["dispatch"]
+        try:
+            model = None if name is None else dispatch.model_id(job_type, name)
+        except UnknownModel as error:
+            raise ValidationError(str(error), "model") from error
+        return Request(**{**data, "type": job_type, "model": model, "requested_model": name})
 
 
 class IdempotencyHeaders(Schema):
@@ -212,11 +214,28 @@ class Shown:
     place: Place
     #: What to do about it, where the answer is not the result.
     detail: str | None = None
+    progress: Progress | None = None
+    #: The result as JSON text.
+    answer: str | None = None
 
     @property
     def error(self) -> JobError | None:
         """Why it did not complete."""
         return JobError(self.row.error_code, self.row.error_message or "") if self.row.error_code else None
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """What the type gives, once it has completed."""
+        return None if self.answer is None else json.loads(self.answer)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the client should know about how it is or was answered."""
+        row = self.row
+        told: list[str] = []
+        if row.model and row.requested_model and (known := catalogue.known(row.type, row.model)):
+            told += filter(None, [catalogue.warning(known, row.requested_model)])
+        return told + [text for text in (self.result or {}).get("warnings", []) if text not in told]
 
 
 class JobCreated(Schema):
@@ -240,10 +259,30 @@ class ErrorView(Schema):
     message = fields.String()
 
 
+class ProgressView(Schema):
+    """How far a running job has come."""
+
+    done = fields.Integer()
+    total = fields.Integer(allow_none=True, metadata={"description": "null where not known."})
+    unit = fields.String(metadata={"example": "step", "description": "token, step, second, text"})
+    percent = fields.Function(
+        lambda progress: round(100 * progress.done / progress.total, 1) if progress.total else None,
+        metadata={"type": "number", "nullable": True},
+    )
+
+
 class JobItem(JobCreated):
     """A job in a list: everything but its result."""
 
     type = fields.String(attribute="row.type")
+    model = fields.String(
+        attribute="row.model",
+        allow_none=True,
+        metadata={"description": "The model that must run it; null for any. Which one did is in the result."},
+    )
+    requested_model = fields.String(
+        attribute="row.requested_model", allow_none=True, metadata={"description": "What the client called it."}
+    )
     region = fields.String(attribute="row.region", metadata={"description": "Where it is queued, runs or ran."})
     worker_id = fields.String(attribute="row.worker_id", allow_none=True)
     started_at = Timestamp(attribute="row.started_at", allow_none=True)
@@ -262,7 +301,11 @@ class JobItem(JobCreated):
 class JobView(JobItem):
     """A job with its result."""
 
-    result = JsonText(attribute="row.result", allow_none=True, metadata={"description": "What the type gives."})
+    progress = fields.Nested(ProgressView, allow_none=True, metadata={"description": "Of a running job."})
+    warnings = fields.List(fields.String(), metadata={"description": "What to know about how it was answered."})
+    result = fields.Raw(
+        allow_none=True, metadata={"type": "object", "description": "What the type gives.", "additionalProperties": {}}
+    )
 
 
 class JobUnfinished(JobView):

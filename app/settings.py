@@ -16,7 +16,8 @@ PORT = 8000
 THREADS = 1100
 #: Threads that never wait for a job, so that health checks, submits and cancels are always answered.
 SPARE_THREADS = 100
-MAX_BODY_BYTES = 1024 * 1024
+#: An hour of speech, as Base64 in JSON.
+MAX_BODY_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,8 @@ class Settings:
     """What the API was told."""
 
     database_url: str
+    #: Where params and results that are too large for a row lie: a folder, or a URL of fsspec's.
+    blobs_url: str
     regions: Mapping[str, Region]
     #: Where a job goes whose client names no region.
     default_region: str
@@ -46,6 +49,7 @@ class Settings:
         regions = load_regions(environ)
         return cls(
             database_url=_database(environ),
+            blobs_url=environ.get("BLOBS_URL") or str(data_dir(environ) / "blobs"),
             regions=regions,
             default_region=default_region(environ, regions),
             host=environ.get("HOST") or HOST,

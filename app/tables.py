@@ -49,7 +49,10 @@ jobs = Table(
     Column("id", String(36), primary_key=True),
     Column("owner", String(64), nullable=False),
     Column("type", String(16), nullable=False),
-    #: The request's validated params as JSON; kept until the job has ended, so that it can be sent again.
+    #: The catalogue's id of the model that must run it, and what the client called it; null for any model.
+    Column("model", String(255)),
+    Column("requested_model", String(255)),
+    #: The request's validated params as JSON, or where they lie (app/blobs.py); kept, so that it can be sent again.
     Column("params", Text, nullable=False),
     Column("priority", SmallInteger, nullable=False),
     Column("region_wanted", String(64)),
@@ -70,6 +73,7 @@ jobs = Table(
     #: Running for longer than this, it times out even if its worker says nothing.
     Column("run_deadline", Double),
     Column("worker_id", String(128)),
+    #: JSON, or where it lies.
     Column("result", Text),
     Column("error_code", String(64)),
     Column("error_message", Text),

@@ -9,8 +9,11 @@ from tokenizers.decoders import DecodeStream
 class Answer:
     """Turns tokens into text that can be shown at once and is never taken back."""
 
-    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
-        """tokenizer: a tokenizers.Tokenizer, the Rust object behind a fast tokenizer."""
+    def __init__(self, tokenizer: Any, stops: Sequence[str], *, keep_special: bool = False) -> None:
+        """tokenizer: a tokenizers.Tokenizer, the Rust object behind a fast tokenizer.
+
+        keep_special: special tokens are text like others; else they are left out.
+        """
         #: What the answer is so far; without the stop string, once that was found.
         self.text = ""
         #: A stop string was found: nothing more is added.
@@ -18,7 +21,8 @@ class Answer:
         self._tokenizer = tokenizer
         self._stops = stops
         self._tokens: list[int] = []
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._skip_special = not keep_special
+        self._stream = DecodeStream(skip_special_tokens=self._skip_special)
         self._shown = 0
 
     def add(self, token: int) -> str:
@@ -34,7 +38,7 @@ class Answer:
         """The text that was still held back, now that no token follows."""
         if not self.stopped:
             # The stream keeps bytes to itself that never became a character; decoding all at once shows them as U+FFFD.
-            whole = self._tokenizer.decode(self._tokens, skip_special_tokens=True)
+            whole = self._tokenizer.decode(self._tokens, skip_special_tokens=self._skip_special)
             if whole.startswith(self.text):
                 self._extend(whole[len(self.text) :])
         return self._show(len(self.text))

@@ -38,7 +38,7 @@ class Batched:
     def turn(self, waiting: deque[Row]) -> None:
         """Let waiting rows join, then compute: some prompt, and one token for every row whose prompt is read.
 
-        Raises CacheFull or torch.OutOfMemoryError where give_up() helps, and whatever else a forward pass may raise.
+        Raises CacheFull or torch.OutOfMemoryError where make_room() helps, and whatever else a forward pass may raise.
         """
         for row in self.rows:
             if len(row.ids) - row.cached > 1:  # gets no token in this turn
@@ -49,13 +49,15 @@ class Batched:
         self._read_long()
         self._decode()
 
-    def give_up(self) -> Row:
+    def make_room(self) -> Sequence[Row]:
         """Take out the row that joined last, to be computed again from its text so far, and let nobody in for now."""
+        if len(self.rows) == 1:
+            return []
         row = max(self.rows, key=lambda row: row.joined)
         self._remove(row)
         row.cached = 0
         self._crowded = True
-        return row
+        return [row]
 
     def reap(self) -> None:
         """Take out the rows that have ended."""

@@ -1,9 +1,10 @@
 """The models the platform knows: one row each, found by id or alias."""
 
 import difflib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
 
 class JobType(StrEnum):
@@ -21,19 +22,71 @@ class JobType(StrEnum):
     EMBEDDING = "embedding"
 
 
+class Guidance(StrEnum):
+    """What a text-to-image model does with guidance_scale."""
+
+    #: Above `free_above` every step is computed twice, with and without the prompt; the negative prompt counts then.
+    CLASSIFIER_FREE = "classifier_free"
+    #: The number is an input of the network; there is no second pass, and no negative prompt.
+    DISTILLED = "distilled"
+    #: The number means nothing to it.
+    NONE = "none"
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """How a text-to-image model draws best, and what it can draw."""
+
+    steps: int
+    guidance_scale: float
+    guidance: Guidance
+    #: Width and height where a job names none, in pixels.
+    side: int = 1024
+    #: Width and height must be multiples of it.
+    side_step: int = 16
+    least_side: int = 256
+    most_side: int = 2048
+    #: Classifier-free guidance is on for scales above it.
+    free_above: float = 1.0
+    #: Tokens of a prompt, where the pipeline must be told (max_sequence_length).
+    prompt_tokens: int | None = None
+    #: It draws pictures of `side` only; asked for others, the platform resizes and says so.
+    one_size: bool = False
+
+
+class Pooling(StrEnum):
+    """How the vectors of a text's tokens become one."""
+
+    #: The first token's.
+    CLS = "cls"
+    #: Their mean.
+    MEAN = "mean"
+
+
+@dataclass(frozen=True, slots=True)
+class Sentence:
+    """How an embedding model was trained to read texts; vectors are always of length 1 afterwards."""
+
+    pooling: Pooling
+    most_tokens: int
+    #: Put before texts of input_type "query" and "passage".
+    query_prefix: str = ""
+    passage_prefix: str = ""
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """One model that an engine can load."""
 
-    #: Repository on the hub that loads natively, or a local folder.
+    #: Repository on the hub that loads natively, or a local folder's name.
     id: str
     type: JobType
     #: Where the engine class is, as "module:Class"; imported in workers only.
     engine: str
     #: Device memory that weights, cache and activations take; None where it is not known.
     memory_gib: float | None = None
-    #: Other names for it: moved repositories, ids that would need remote code.
-    aliases: Sequence[str] = ()
+    #: Other ids that mean this one, each with the reason it is not loaded itself.
+    aliases: Mapping[str, str] = field(default_factory=dict)
     #: Name of the packaged weights in engines/packaged.py, used when they have been prepared.
     packaged: str | None = None
     #: A local folder that holds the weights; overrides both.
@@ -42,6 +95,10 @@ class Model:
     gated: bool = False
     #: It computes here; False for an engine without weights, whose worker need not look for a device.
     on_device: bool = True
+    #: For image_gen: None lets the engine go by the pipeline's class.
+    drawing: Drawing | None = None
+    #: For embedding: None lets the engine go by the folder's own sentence-transformers files.
+    sentence: Sentence | None = None
 
 
 class UnknownModel(LookupError):
@@ -49,8 +106,34 @@ class UnknownModel(LookupError):
 
 
 LLM = "engines.llm:Engine"
+IMAGE_GEN = "engines.image_gen:Engine"
+VISION = "engines.vision:Engine"
+WHISPER = "engines.whisper:Engine"
+EMBEDDING = "engines.embedding:Engine"
+ECHO = "engines.echo:Engine"
 
-# Memory: weights in bfloat16 (parameters x 2 bytes) plus room for the cache of a few thousand tokens per slot.
+_REMOTE_CODE = "it needs code of its own repository, which is not run"
+_SHAPES = Path(__file__).resolve().parent.parent / "shapes" / "weights"
+
+_Z_IMAGE = Drawing(8, 0.0, Guidance.CLASSIFIER_FREE, free_above=0.0, prompt_tokens=512)
+_SCHNELL = Drawing(4, 0.0, Guidance.NONE, prompt_tokens=256)
+_FLUX_DEV = Drawing(28, 3.5, Guidance.DISTILLED, prompt_tokens=512)
+_SDXL = Drawing(30, 6.0, Guidance.CLASSIFIER_FREE, side_step=8)
+_SD3 = Drawing(28, 7.0, Guidance.CLASSIFIER_FREE)
+
+#: For pipelines without a row, such as a local folder's: by their diffusers class, and whether their transformer takes
+#: guidance as an input (guidance_embeds in its configuration).
+DRAWINGS: Mapping[tuple[str, bool], Drawing] = {
+    ("ZImagePipeline", False): _Z_IMAGE,
+    ("FluxPipeline", False): _SCHNELL,
+    ("FluxPipeline", True): _FLUX_DEV,
+    ("StableDiffusionXLPipeline", False): _SDXL,
+    ("StableDiffusion3Pipeline", False): _SD3,
+}
+
+# Memory: weights in bfloat16 (parameters x 2 bytes) plus room for a cache of a few thousand tokens per slot, or for
+# the activations of one picture of a megapixel. Sources: the repositories' file sizes; the fit check of engines/memory
+# measures for itself.
 MODELS: Sequence[Model] = (
     Model("Qwen/Qwen2.5-7B-Instruct", JobType.LLM, LLM, 18),
     Model("Qwen/Qwen2.5-14B-Instruct", JobType.LLM, LLM, 32),
@@ -58,15 +141,102 @@ MODELS: Sequence[Model] = (
     Model("meta-llama/Llama-3.1-8B-Instruct", JobType.LLM, LLM, 18, gated=True),
     Model("meta-llama/Llama-3.1-70B-Instruct", JobType.LLM, LLM, 145, gated=True),
     Model("01-ai/Yi-34B-Chat", JobType.LLM, LLM, 72),
-    Model("deepseek-ai/DeepSeek-V2-Lite-Chat", JobType.LLM, LLM, 36, aliases=("deepseek-ai/DeepSeek-V2-Lite",)),
-    Model("zai-org/glm-4-9b-chat-hf", JobType.LLM, LLM, 21, aliases=("THUDM/glm-4-9b-chat",)),
+    Model(
+        "deepseek-ai/DeepSeek-V2-Lite-Chat",
+        JobType.LLM,
+        LLM,
+        36,
+        aliases={"deepseek-ai/DeepSeek-V2-Lite": "that is the base model, which answers no conversations"},
+    ),
+    Model("zai-org/glm-4-9b-chat-hf", JobType.LLM, LLM, 21, aliases={"THUDM/glm-4-9b-chat": _REMOTE_CODE}),
     Model("HuggingFaceTB/SmolLM2-135M-Instruct", JobType.LLM, LLM, 1, packaged="smollm2-135m-instruct"),
-    Model("echo", JobType.LLM, "engines.echo:Engine", on_device=False),
+    Model(
+        "Tongyi-MAI/Z-Image-Turbo",
+        JobType.IMAGE_GEN,
+        IMAGE_GEN,
+        24,
+        aliases={"Zhihu-ai/Z-Image-Turbo": "there is no such repository; Tongyi-MAI publishes it"},
+        drawing=_Z_IMAGE,
+    ),
+    Model("black-forest-labs/FLUX.1-schnell", JobType.IMAGE_GEN, IMAGE_GEN, 40, gated=True, drawing=_SCHNELL),
+    Model("black-forest-labs/FLUX.1-dev", JobType.IMAGE_GEN, IMAGE_GEN, 40, gated=True, drawing=_FLUX_DEV),
+    Model("stabilityai/stable-diffusion-xl-base-1.0", JobType.IMAGE_GEN, IMAGE_GEN, 11, drawing=_SDXL),
+    Model(
+        "stabilityai/stable-diffusion-3-medium-diffusers",
+        JobType.IMAGE_GEN,
+        IMAGE_GEN,
+        20,
+        aliases={
+            "stabilityai/stable-diffusion-3-medium": "that holds single files; this one has the pipeline's layout"
+        },
+        gated=True,
+        drawing=_SD3,
+    ),
+    Model("zai-org/GLM-4.1V-9B-Thinking", JobType.VISION, VISION, 24, aliases={"THUDM/glm-4v-9b": _REMOTE_CODE}),
+    Model("Qwen/Qwen2-VL-7B-Instruct", JobType.VISION, VISION, 20),
+    Model("OpenGVLab/InternVL3-8B-hf", JobType.VISION, VISION, 20, aliases={"OpenGVLab/InternVL2-8B": _REMOTE_CODE}),
+    Model(
+        "llava-hf/llava-v1.6-34b-hf",
+        JobType.VISION,
+        VISION,
+        72,
+        aliases={"liuhaotian/llava-v1.6-34b": "it is no transformers repository; this is its conversion"},
+    ),
+    Model("openai/whisper-large-v3", JobType.WHISPER, WHISPER, 10, aliases={"large-v3": "that is its short name"}),
+    Model("openai/whisper-medium", JobType.WHISPER, WHISPER, 5, aliases={"medium": "that is its short name"}),
+    Model("openai/whisper-small", JobType.WHISPER, WHISPER, 2, aliases={"small": "that is its short name"}),
+    Model("openai/whisper-base", JobType.WHISPER, WHISPER, 1, packaged="whisper-base"),
+    Model(
+        "BAAI/bge-large-zh-v1.5",
+        JobType.EMBEDDING,
+        EMBEDDING,
+        2,
+        sentence=Sentence(Pooling.CLS, 512, query_prefix="为这个句子生成表示以用于检索相关文章："),
+    ),
+    Model("BAAI/bge-m3", JobType.EMBEDDING, EMBEDDING, 3, sentence=Sentence(Pooling.CLS, 8192)),
+    Model(
+        "intfloat/e5-large-v2",
+        JobType.EMBEDDING,
+        EMBEDDING,
+        2,
+        sentence=Sentence(Pooling.MEAN, 512, query_prefix="query: ", passage_prefix="passage: "),
+    ),
+    Model(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        JobType.EMBEDDING,
+        EMBEDDING,
+        1,
+        packaged="all-minilm-l6-v2",
+        sentence=Sentence(Pooling.MEAN, 256),
+    ),
+    # Our own, for hosts without a hub: they draw and describe one coloured shape (shapes/).
+    Model(
+        "shapes-picture",
+        JobType.IMAGE_GEN,
+        IMAGE_GEN,
+        1,
+        folder=str(_SHAPES / "picture"),
+        drawing=Drawing(8, 0.0, Guidance.NONE, side=64, side_step=8, least_side=64, prompt_tokens=64, one_size=True),
+    ),
+    Model("shapes-vision", JobType.VISION, VISION, 1, folder=str(_SHAPES / "vision")),
+    *(Model("echo", job_type, ECHO, on_device=False) for job_type in JobType),
 )
 
 #: What a worker loads when nothing else is set: the seed's choice on a GPU, a small one where there is none.
-DEFAULT_ON_GPU = {JobType.LLM: "Qwen/Qwen2.5-7B-Instruct"}
-DEFAULT_ON_CPU = {JobType.LLM: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+DEFAULT_ON_GPU = {
+    JobType.LLM: "Qwen/Qwen2.5-7B-Instruct",
+    JobType.IMAGE_GEN: "Tongyi-MAI/Z-Image-Turbo",
+    JobType.VISION: "zai-org/GLM-4.1V-9B-Thinking",
+    JobType.WHISPER: "openai/whisper-large-v3",
+    JobType.EMBEDDING: "BAAI/bge-m3",
+}
+DEFAULT_ON_CPU = {
+    JobType.LLM: "HuggingFaceTB/SmolLM2-135M-Instruct",
+    JobType.IMAGE_GEN: "shapes-picture",
+    JobType.VISION: "shapes-vision",
+    JobType.WHISPER: "openai/whisper-base",
+    JobType.EMBEDDING: "sentence-transformers/all-MiniLM-L6-v2",
+}
 
 
 def find(job_type: JobType, name: str) -> Model:
@@ -81,3 +251,15 @@ def find(job_type: JobType, name: str) -> Model:
     near = difflib.get_close_matches(name.casefold(), names, n=3, cutoff=0.4)
     hint = ", ".join(names[key].id for key in near) or ", ".join(row.id for row in rows)
     raise UnknownModel(f"Unknown {job_type} model {name!r}. Near: {hint}.")
+
+
+def known(job_type: JobType, model_id: str) -> Model | None:
+    """The row of exactly that id; None for a model that the catalogue does not know."""
+    return next((row for row in MODELS if row.type is job_type and row.id == model_id), None)
+
+
+def warning(model: Model, name: str) -> str | None:
+    """What to tell whoever asked for a model by another name than its own."""
+    reasons = {alias.casefold(): reason for alias, reason in model.aliases.items()}
+    reason = reasons.get(name.casefold())
+    return f"{name} is answered by {model.id}: {reason}." if reason else None

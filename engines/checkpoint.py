@@ -15,7 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from engines.catalogue import Model
 from engines.contract import Device, EngineLoadError
 from engines.loading import locate, pick_dtype
-from engines.memory import footprint, placement
+from engines.memory import need_of, placement
+
+#: What the folder of a language model holds.
+PARTS = "config.json, *.safetensors, tokenizer.json and the chat template"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +42,13 @@ def load(model: Model, device: Device) -> Checkpoint:
     dtype = getattr(torch, pick_dtype(device))
     try:
         config = AutoConfig.from_pretrained(source)
-        where = placement(model.id, footprint(config, dtype), device)
+        where = placement(model.id, need_of(config, dtype), device)
         tokenizer = AutoTokenizer.from_pretrained(source)
         network = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, use_safetensors=True, **where
         ).eval()
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
-        raise EngineLoadError(_reason(model, source, error)) from error
+        raise EngineLoadError(reason(model, source, error, PARTS)) from error
     if not tokenizer.is_fast:
         raise EngineLoadError(f"{model.id} ({source}) has no tokenizer.json, which streaming needs; convert it once.")
     if not tokenizer.chat_template:
@@ -53,22 +56,30 @@ def load(model: Model, device: Device) -> Checkpoint:
             f"{model.id} ({source}) has no chat template, so it cannot answer conversations: choose its instruct or "
             "chat version, or put a chat_template.jinja into a local copy."
         )
-    return Checkpoint(network, tokenizer, _end_tokens(network, tokenizer))
+    return Checkpoint(network, tokenizer, end_tokens(network, tokenizer, tokenizer))
 
 
-def _end_tokens(network: Any, tokenizer: Any) -> frozenset[int]:
-    """What the generation config says ends an answer, and what the chat template writes behind one."""
+def end_tokens(network: Any, tokenizer: Any, chat: Any) -> frozenset[int]:
+    """What the generation config says ends an answer, and what the chat template writes behind one.
+
+    chat: whose chat template; the tokenizer or a processor.
+    """
     known = network.generation_config.eos_token_id
-    ids = set(known if isinstance(known, list) else [known]) | {tokenizer.eos_token_id, _end_of_turn(tokenizer)}
+    ids = set(known if isinstance(known, list) else [known]) | {tokenizer.eos_token_id, _end_of_turn(tokenizer, chat)}
     return frozenset(token for token in ids if token is not None)
 
 
-def _end_of_turn(tokenizer: Any) -> int | None:
+def _end_of_turn(tokenizer: Any, chat: Any) -> int | None:
     """The special token right behind an answer in the chat template: some base configs name only the end of text."""
     mark = "the answer"
-    turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": mark}]
+    said = {"user": "a question", "assistant": mark}
+    # Templates of processors read a list of parts, those of tokenizers a string.
+    turns = [
+        {"role": role, "content": text if chat is tokenizer else [{"type": "text", "text": text}]}
+        for role, text in said.items()
+    ]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = chat.apply_chat_template(turns, tokenize=False)
     except TemplateError:
         return None
     behind = text.rpartition(mark)[2].strip()
@@ -78,14 +89,19 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     return next(special, None)
 
 
-def _reason(model: Model, source: str, error: Exception) -> str:
-    """Why a model could not be read, and what to do."""
+def reason(model: Model, source: str, error: Exception, parts: str) -> str:
+    """Why a model could not be read, and what to do.
+
+    parts: what the libraries' save_pretrained writes for such a model, for people.
+    """
     said = " ".join(str(error).split())[:400]
     if Path(source).is_dir():
         return (
             f"{model.id} cannot be loaded from {source}: {said} The folder must hold what save_pretrained writes: "
-            "config.json, *.safetensors, tokenizer.json and the chat template."
+            f"{parts}."
         )
+    if model.folder:
+        return f"{model.id} cannot be loaded: there is no folder {source}."
     if not isinstance(error, OSError):
         return f"{model.id} cannot be loaded by transformers {transformers.__version__}: {said}"
     if isinstance(error.__cause__, GatedRepoError) or model.gated:

@@ -1,6 +1,6 @@
 """Answers that repeat the question, from no weights: for measurements and tests, never a default.
 
-A last user message of one of these forms is an instruction:
+A last user message, prompt, question or first text of one of these forms is an instruction:
 
     sleep 2.5    takes that many seconds and reports progress every 20 ms, so that it can be cancelled
     hang 30      takes that many seconds and reports nothing: deaf to cancel and deadline
@@ -10,13 +10,19 @@ A last user message of one of these forms is an instruction:
     broken       raises EngineBroken
 """
 
+import base64
+import io
+import math
 import os
 import threading
 import time
-from collections.abc import Mapping
-from typing import Any
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, assert_never
 
-from engines.catalogue import Model
+from PIL import Image
+
+from engines.catalogue import JobType, Model
 from engines.contract import Device, EngineBroken, EngineError, OutOfMemory, Progress, Report, Text
 
 #: Seconds between two reports of a sleeping job.
@@ -24,7 +30,7 @@ BEAT_S = 0.02
 
 
 class Engine:
-    """Repeats the last user message; its words are its tokens."""
+    """Repeats what it is asked; words are its tokens."""
 
     slots = 64
 
@@ -33,29 +39,18 @@ class Engine:
         self._closed = threading.Event()
 
     def run(self, params: Mapping[str, Any], report: Report) -> dict[str, Any]:
-        """An LlmResult for LlmParams."""
+        """The type's result for its params; the answer repeats the last thing that was asked."""
         self._check_open()
-        messages = params["messages"]
-        question = next((turn["content"] for turn in reversed(messages) if turn["role"] == "user"), "")
-        report(Progress(0, params["max_tokens"], "token"))
-        self._obey(question, report)
-
-        words = question.split()
-        answer = words[: params["max_tokens"]]
-        response = " ".join(answer)
-        report(Text(response))
-        report(Progress(len(answer), params["max_tokens"], "token"))
-        prompt_tokens = sum(len(turn["content"].split()) for turn in messages)
-        return {
-            "response": response,
-            "finish_reason": "stop" if len(answer) == len(words) else "length",
-            "model": self._model.id,
-            "usage": {
-                "prompt_tokens": prompt_tokens,
-                "completion_tokens": len(answer),
-                "total_tokens": prompt_tokens + len(answer),
-            },
-        }
+        job_type = self._model.type
+        asked = _asked(job_type, params)
+        total = params.get("max_tokens", 1)
+        report(Progress(0, total, _UNITS[job_type]))
+        self._obey(asked, report)
+        answer = " ".join(asked.split()[:total])
+        if job_type in (JobType.LLM, JobType.VISION):
+            report(Text(answer))
+        report(Progress(len(answer.split()) if "max_tokens" in params else 1, total, _UNITS[job_type]))
+        return {**_ANSWERS[job_type](params, asked, answer), "model": self._model.id}
 
     def close(self) -> None:
         """Jobs that sleep end with EngineBroken."""
@@ -86,3 +81,84 @@ class Engine:
     def _check_open(self) -> None:
         if self._closed.is_set():
             raise EngineBroken(f"The engine of {self._model.id} was closed.")
+
+
+def _asked(job_type: JobType, params: Mapping[str, Any]) -> str:
+    """What a job asks for, in words."""
+    match job_type:
+        case JobType.LLM:
+            turns = (turn["content"] for turn in reversed(params["messages"]) if turn["role"] == "user")
+            return str(next(turns, ""))
+        case JobType.IMAGE_GEN:
+            return str(params["prompt"])
+        case JobType.VISION:
+            return str(params["question"] or params["task"])
+        case JobType.WHISPER:
+            return ""
+        case JobType.EMBEDDING:
+            return str(params["input"][0])
+        case _:
+            assert_never(job_type)
+
+
+def _text(params: Mapping[str, Any], asked: str, answer: str) -> dict[str, Any]:
+    turns = params.get("messages") or [{"content": asked}]
+    read, written = sum(len(turn["content"].split()) for turn in turns), len(answer.split())
+    return {
+        "response": answer,
+        **({"task": params["task"]} if "task" in params else {}),
+        "finish_reason": "stop" if answer == " ".join(asked.split()) else "length",
+        "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
+    }
+
+
+def _picture(params: Mapping[str, Any], asked: str, answer: str) -> dict[str, Any]:
+    width, height = params["width"] or 64, params["height"] or 64
+    seed = params["seed"] if params["seed"] is not None else zlib.crc32(asked.encode())
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (seed & 255, seed >> 8 & 255, seed >> 16 & 255)).save(file, "PNG")
+    return {
+        "image_base64": base64.b64encode(file.getvalue()).decode(),
+        "width": width,
+        "height": height,
+        "seed": seed,
+        "format": "png",
+        "steps": params["steps"] or 1,
+        "guidance_scale": params["guidance_scale"] or 0.0,
+    }
+
+
+def _speech(params: Mapping[str, Any], asked: str, answer: str) -> dict[str, Any]:
+    return {
+        "text": answer,
+        "language": params["language"] or "en",
+        "duration": 0.0,
+        "segments": [],
+        "task": params["task"],
+    }
+
+
+def _vectors(params: Mapping[str, Any], asked: str, answer: str) -> dict[str, Any]:
+    read = sum(len(text.split()) for text in params["input"])
+    angles = [zlib.crc32(text.encode()) for text in params["input"]]
+    return {
+        "embeddings": [[math.cos(angle), math.sin(angle)] for angle in angles],
+        "dimensions": 2,
+        "usage": {"prompt_tokens": read, "total_tokens": read},
+    }
+
+
+_UNITS = {
+    JobType.LLM: "token",
+    JobType.IMAGE_GEN: "step",
+    JobType.VISION: "token",
+    JobType.WHISPER: "second",
+    JobType.EMBEDDING: "text",
+}
+_ANSWERS: Mapping[JobType, Callable[[Mapping[str, Any], str, str], dict[str, Any]]] = {
+    JobType.LLM: _text,
+    JobType.IMAGE_GEN: _picture,
+    JobType.VISION: _text,
+    JobType.WHISPER: _speech,
+    JobType.EMBEDDING: _vectors,
+}

@@ -1,4 +1,4 @@
-"""How much memory a language model needs, how much the device has, and so where the weights go."""
+"""How much memory a model needs, how much the device has, and so where the weights go."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,28 +22,34 @@ CACHE_SHARE = {"cuda": 0.85, "cpu": 0.5}
 
 
 @dataclass(frozen=True, slots=True)
-class Footprint:
-    """What a language model takes."""
+class Need:
+    """What a model takes."""
 
     weights_bytes: int
-    #: Keys and values of one token, in all layers.
-    token_bytes: int
+    #: Beside the weights, at least: keys and values, activations.
+    working_bytes: int
+    #: What for, for people: "a cache of 4096 tokens".
+    working: str
 
     @property
-    def least_bytes(self) -> int:
-        """Weights, the smallest useful cache, and a tenth for activations."""
-        return int((self.weights_bytes + self.token_bytes * LEAST_TOKENS) * 1.1)
+    def bytes(self) -> int:
+        """Both, and a tenth for what nobody counts."""
+        return int((self.weights_bytes + self.working_bytes) * 1.1)
 
 
-def footprint(config: Any, dtype: torch.dtype) -> Footprint:
-    """What a model of that configuration takes, without loading it: built on torch's meta device, in 0.1 s for 70B."""
+def need_of(config: Any, dtype: torch.dtype, auto: Any = AutoModelForCausalLM) -> Need:
+    """What a model of that configuration takes, without loading it: built on torch's meta device, in 0.1 s for 70B.
+
+    auto: the transformers class that makes it from a configuration.
+    """
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        network = auto.from_config(config, dtype=dtype)
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", None) or 1
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
     values = 2 * text.num_hidden_layers * (getattr(text, "num_key_value_heads", None) or heads) * width
-    return Footprint(int(compute_module_sizes(network)[""]), values * dtype.itemsize)
+    weights = int(compute_module_sizes(network)[""])
+    return Need(weights, values * dtype.itemsize * LEAST_TOKENS, f"a cache of {LEAST_TOKENS} tokens")
 
 
 def free_bytes(device: Device, index: int = 0, loaded: int = 0) -> int:
@@ -60,46 +66,51 @@ def free_bytes(device: Device, index: int = 0, loaded: int = 0) -> int:
     return int(min(free, device.max_memory_gib * GIB - mine))
 
 
-def placement(name: str, need: Footprint, device: Device) -> dict[str, Any]:
+def placement(name: str, need: Need, device: Device) -> dict[str, Any]:
     """Arguments of from_pretrained that put the weights where they fit: one device, all GPUs, or host memory too.
 
     Raises EngineLoadError with the arithmetic if there is no such place.
     """
     if device.name == "cpu":
-        if need.least_bytes <= free_bytes(device):
+        if need.bytes <= free_bytes(device):
             return {}
-        raise EngineLoadError(_does_not_fit(name, need, device, {"cpu": free_bytes(device)}))
+        raise EngineLoadError(does_not_fit(name, need, device, {"cpu": free_bytes(device)}))
     gpus = {index: free_bytes(device, index) for index in range(torch.cuda.device_count())}
-    if need.least_bytes <= gpus[0]:
+    if need.bytes <= gpus[0]:
         return {"device_map": {"": device.name}}
-    if need.least_bytes <= sum(gpus.values()):
+    if need.bytes <= sum(gpus.values()):
         return {"device_map": "auto", "max_memory": gpus}
     if device.offload:
-        # What the cache needs must stay free on the GPU: accelerate fills it to the brim otherwise.
-        cache = need.least_bytes - need.weights_bytes
+        # What it works in must stay free on the GPU: accelerate fills it to the brim otherwise.
+        working = need.bytes - need.weights_bytes
         return {
             "device_map": "auto",
-            "max_memory": {**{index: max(0, free - cache) for index, free in gpus.items()}, "cpu": _host_bytes()},
+            "max_memory": {**{index: max(0, free - working) for index, free in gpus.items()}, "cpu": _host_bytes()},
         }
-    raise EngineLoadError(_does_not_fit(name, need, device, gpus))
+    raise EngineLoadError(does_not_fit(name, need, device, gpus))
 
 
 def _host_bytes() -> int:
     return int(psutil.virtual_memory().available * 0.9)
 
 
-def _does_not_fit(name: str, need: Footprint, device: Device, free: Mapping[Any, int]) -> str:
+def does_not_fit(name: str, need: Need, device: Device, free: Mapping[Any, int], *, spreads: bool = True) -> str:
+    """The arithmetic of a model that does not fit, and what would help.
+
+    free: bytes, by place. spreads: the engine can use several GPUs.
+    """
     rooms = ", ".join(f"{size / GIB:.2f} GiB on {where}" for where, size in free.items())
     cap = f", capped by max_memory_gib={device.max_memory_gib:g}" if device.max_memory_gib is not None else ""
     ways = ["choose a smaller model"]
     if device.max_memory_gib is not None:
         ways.append("raise max_memory_gib")
     if device.name != "cpu":
-        ways.append("let the worker see more GPUs")
+        if spreads:
+            ways.append("let the worker see more GPUs")
         if not device.offload:
             ways.append("enable offloading to host memory (slow)")
     return (
-        f"{name} does not fit: weights {need.weights_bytes / GIB:.2f} GiB + cache for {LEAST_TOKENS} tokens "
-        f"{need.token_bytes * LEAST_TOKENS / GIB:.2f} GiB + 10 % = {need.least_bytes / GIB:.2f} GiB; "
+        f"{name} does not fit: weights {need.weights_bytes / GIB:.2f} GiB + {need.working} "
+        f"{need.working_bytes / GIB:.2f} GiB + 10 % = {need.bytes / GIB:.2f} GiB; "
         f"free: {rooms}{cap}. To go on: {' or '.join(ways)}."
     )

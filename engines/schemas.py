@@ -1,67 +1,21 @@
 """Params and results per job type: the only place with defaults and ranges.
 
-Loading refuses unknown fields, strings where numbers are due, and text that is no Unicode.
+Loading refuses unknown fields, strings where numbers are due, text that is no Unicode, and files that are not what
+they should be. What depends on the model (its own steps, its context) is left null here and settled by the engine.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-from marshmallow import RAISE, Schema, ValidationError, fields, validate
+from marshmallow import RAISE, Schema, ValidationError, fields, validate, validates_schema
 
+from engines import media
 from engines.catalogue import JobType
+from engines.fields import File, Int, Number, StringOrList, Text, Truth
+from engines.languages import LANGUAGES
 
-
-class Text(fields.String):
-    """A string that UTF-8 can carry: lone surrogates, legal in JSON, break every tokenizer and database."""
-
-    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> str:
-        text: str = super()._deserialize(value, attr, data, **kwargs)
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValidationError("Not valid Unicode: a surrogate stands alone.") from error
-        return text
-
-
-class Int(fields.Integer):
-    """A JSON integer; "5", 5.5 and true are refused."""
-
-    def _validated(self, value: Any) -> int:
-        if isinstance(value, (bool, str)):
-            raise self.make_error("invalid", input=value)
-        return super()._validated(value)
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(strict=True, **kwargs)
-
-
-class Number(fields.Float):
-    """A finite JSON number; "0.7" and true are refused."""
-
-    def _validated(self, value: Any) -> float:
-        if isinstance(value, (bool, str)):
-            raise self.make_error("invalid", input=value)
-        return super()._validated(value)
-
-
-class StringOrList(fields.Field[list[str]]):
-    """One string or a list of them; loads as a list."""
-
-    def __init__(self, *, most: int, longest: int, **kwargs: Any) -> None:
-        shape = [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": most}]
-        super().__init__(metadata={"oneOf": shape}, **kwargs)
-        self.most = most
-        self.longest = longest
-
-    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> list[str]:
-        items = [value] if isinstance(value, str) else value
-        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise ValidationError("Must be a string or a list of strings.")
-        if len(items) > self.most:
-            raise ValidationError(f"At most {self.most} strings.")
-        if any(not 1 <= len(item) <= self.longest for item in items):
-            raise ValidationError(f"Each string must have 1 to {self.longest} characters.")
-        return [str(Text().deserialize(item)) for item in items]
+#: Largest seed: JSON numbers are exact up to here in every client's language.
+MOST_SEED = 2**53 - 1
 
 
 class Message(Schema):
@@ -103,11 +57,179 @@ class LlmResult(Schema):
     finish_reason = fields.String(required=True, validate=validate.OneOf(["stop", "length"]))
     model = fields.String(required=True)
     usage = fields.Nested(Usage, required=True)
+    warnings = fields.List(fields.String())
 
 
-#: The job types that can be asked for today, with the params each takes and the result each gives.
-PARAMS: Mapping[JobType, Schema] = {JobType.LLM: LlmParams()}
-RESULTS: Mapping[JobType, Schema] = {JobType.LLM: LlmResult()}
+_side = {"load_default": None, "allow_none": True}
+
+
+class ImageGenParams(Schema):
+    """What a picture is drawn from. Sizes in pixels; what is left out is what the model draws best."""
+
+    class Meta:
+        unknown = RAISE
+
+    prompt = Text(required=True, validate=validate.Length(min=1, max=8000))
+    negative_prompt = Text(load_default="", allow_none=True, validate=validate.Length(max=8000))
+    width = Int(**_side, validate=validate.Range(min=64, max=4096))
+    height = Int(**_side, validate=validate.Range(min=64, max=4096))
+    steps = Int(load_default=None, allow_none=True, validate=validate.Range(min=1, max=150))
+    guidance_scale = Number(load_default=None, allow_none=True, validate=validate.Range(min=0, max=30))
+    seed = Int(load_default=None, allow_none=True, validate=validate.Range(min=0, max=MOST_SEED))
+
+    @validates_schema(skip_on_field_errors=False)
+    def _sides(self, data: Mapping[str, Any], **_: Any) -> None:
+        # Every model's step is a multiple of this one; the engine checks its own.
+        odd = {side: ["Must be a multiple of 8."] for side in ("width", "height") if (data.get(side) or 0) % 8}
+        if odd:
+            raise ValidationError(odd)
+
+
+class ImageGenResult(Schema):
+    """A picture."""
+
+    image_base64 = fields.String(required=True)
+    width = fields.Integer(required=True)
+    height = fields.Integer(required=True)
+    seed = fields.Integer(required=True)
+    format = fields.String(required=True, validate=validate.OneOf(["png"]))
+    steps = fields.Integer(required=True)
+    guidance_scale = fields.Float(required=True)
+    model = fields.String(required=True)
+    warnings = fields.List(fields.String())
+
+
+#: What can be asked of a picture.
+VISION_TASKS = ("image_qa", "image_caption", "ocr")
+
+
+class VisionParams(Schema):
+    """What a picture is asked."""
+
+    class Meta:
+        unknown = RAISE
+
+    image_base64 = File(media.check_picture, media.MOST_PICTURE_BYTES, required=True)
+    task = fields.String(load_default="image_qa", validate=validate.OneOf(VISION_TASKS))
+    question = Text(load_default=None, allow_none=True, validate=validate.Length(min=1, max=8000))
+    max_tokens = Int(load_default=1024, validate=validate.Range(min=1, max=131_072))
+
+    @validates_schema
+    def _question(self, data: Mapping[str, Any], **_: Any) -> None:
+        if data["task"] == "image_qa" and data["question"] is None:
+            raise ValidationError("Needed for image_qa.", "question")
+
+
+class VisionResult(Schema):
+    """What a picture shows."""
+
+    response = fields.String(required=True)
+    task = fields.String(required=True, validate=validate.OneOf(VISION_TASKS))
+    finish_reason = fields.String(required=True, validate=validate.OneOf(["stop", "length"]))
+    model = fields.String(required=True)
+    usage = fields.Nested(Usage, required=True)
+    warnings = fields.List(fields.String())
+
+
+class Language(fields.String):
+    """A language's ISO 639 code, as Whisper knows it."""
+
+    def _deserialize(self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any) -> str:
+        code = super()._deserialize(value, attr, data, **kwargs).lower()
+        if code not in LANGUAGES:
+            raise ValidationError("Unknown language: give a code such as zh, en, ja, or leave it out to detect it.")
+        return code
+
+
+class WhisperParams(Schema):
+    """What speech is written down from."""
+
+    class Meta:
+        unknown = RAISE
+
+    audio_base64 = File(media.sound_kind, media.MOST_SOUND_BYTES, required=True)
+    language = Language(load_default=None, allow_none=True)
+    task = fields.String(load_default="transcribe", validate=validate.OneOf(["transcribe", "translate"]))
+
+
+class Segment(Schema):
+    """A stretch of speech; times in seconds from the beginning."""
+
+    id = fields.Integer(required=True)
+    start = fields.Float(required=True)
+    end = fields.Float(required=True)
+    text = fields.String(required=True)
+
+
+class WhisperResult(Schema):
+    """What was said."""
+
+    text = fields.String(required=True)
+    language = fields.String(required=True)
+    duration = fields.Float(required=True)
+    segments = fields.List(fields.Nested(Segment), required=True)
+    task = fields.String(required=True)
+    model = fields.String(required=True)
+    warnings = fields.List(fields.String())
+
+
+class EmbeddingParams(Schema):
+    """What vectors are made of."""
+
+    class Meta:
+        unknown = RAISE
+
+    input = StringOrList(
+        required=True,
+        least=1,
+        most=2048,
+        longest=65_536,
+        most_together=2_000_000,
+        metadata={"description": "A text, or a list of them."},
+    )
+    input_type = fields.String(
+        load_default="passage",
+        validate=validate.OneOf(["query", "passage"]),
+        metadata={"description": "Some models read what is searched for otherwise than what is found."},
+    )
+    truncate = Truth(
+        load_default=False,
+        metadata={"description": "Cut a text that is longer than the model reads; false refuses it."},
+    )
+
+
+class EmbeddingUsage(Schema):
+    """Tokens of what was read."""
+
+    prompt_tokens = fields.Integer(required=True)
+    total_tokens = fields.Integer(required=True)
+
+
+class EmbeddingResult(Schema):
+    """Vectors of length 1, in the order of the texts."""
+
+    embeddings = fields.List(fields.List(fields.Float()), required=True)
+    dimensions = fields.Integer(required=True)
+    model = fields.String(required=True)
+    usage = fields.Nested(EmbeddingUsage, required=True)
+    warnings = fields.List(fields.String())
+
+
+#: The params each job type takes, and the result each gives.
+PARAMS: Mapping[JobType, Schema] = {
+    JobType.LLM: LlmParams(),
+    JobType.IMAGE_GEN: ImageGenParams(),
+    JobType.VISION: VisionParams(),
+    JobType.WHISPER: WhisperParams(),
+    JobType.EMBEDDING: EmbeddingParams(),
+}
+RESULTS: Mapping[JobType, Schema] = {
+    JobType.LLM: LlmResult(),
+    JobType.IMAGE_GEN: ImageGenResult(),
+    JobType.VISION: VisionResult(),
+    JobType.WHISPER: WhisperResult(),
+    JobType.EMBEDDING: EmbeddingResult(),
+}
 
 
 def load_params(job_type: JobType, params: Mapping[str, Any]) -> dict[str, Any]:

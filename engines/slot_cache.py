@@ -10,11 +10,13 @@ from dataclasses import dataclass
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from engines.thread import NoRoom
+
 #: Columns are added in blocks of this many: each growth copies what is there.
 BLOCK = 256
 
 
-class CacheFull(Exception):
+class CacheFull(NoRoom):
     """The rows need more memory than the cache may have."""
 
 

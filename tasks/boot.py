@@ -15,6 +15,8 @@ from typing import Any
 
 from celery import signals
 
+import celeryconfig
+from engines import catalogue
 from engines.catalogue import DEFAULT_ON_CPU, DEFAULT_ON_GPU, JobType, Model, UnknownModel
 from engines.contract import Device, Engine, EngineLoadError, JobCancelled, JobReleased
 from tasks import routing, settings
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 #: Exit code of a worker that cannot start as configured: EX_CONFIG of sysexits.h. A supervisor need not retry it.
 EXIT_CONFIG = 78
 STORE_TIMEOUT_S = 5.0
+#: For results of megabytes, which may go through a narrow line.
+BULK_TIMEOUT_S = 120.0
 #: How long the store may take to come up beside a worker that is started with it.
 STORE_PATIENCE_S = 10.0
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -62,13 +66,16 @@ def _start(sender: Any, **_: Any) -> None:
         region, types = _served(list(sender.app.amqp.queues.consume_from), regions)
         if regions[region].broker != sender.app.conf.broker_url:
             raise settings.SettingsError(f"The queues are of {region}: set GPU_REGION={region}, whose broker differs.")
-        engines, models, device = _load(types, worker)
+        engines, models, warnings, device = _load(types, worker)
     except (settings.SettingsError, UnknownModel, EngineLoadError) as error:
         sys.stderr.write(f"The worker cannot start: {error}\n")
         sys.exit(EXIT_CONFIG)
-    for job_type in types:
-        queues = sender.app.amqp.queues
-        queues.select_add(queues[routing.queue_name(region, job_type, pinned=True)])
+    # Beside the named queues: those of jobs that may not leave the region, and of jobs that ask for the loaded model.
+    named: list[tuple[JobType, str | None]] = [*((job_type, None) for job_type in types), *models.items()]
+    for job_type, model in named:
+        for pinned in (False, True):
+            queue = routing.queue_name(region, job_type, model, pinned=pinned)
+            sender.app.amqp.queues.select_add(celeryconfig.queue_named(queue, regions[region].broker))
 
     slots = {
         job_type: min(engine.slots, worker.max_concurrent_jobs or engine.slots) for job_type, engine in engines.items()
@@ -84,7 +91,8 @@ def _start(sender: Any, **_: Any) -> None:
         slots=slots,
         started_at=time.time(),
     )
-    store = open_store(regions[region].store, timeout_s=STORE_TIMEOUT_S)
+    url = regions[region].store
+    store = open_store(url, timeout_s=STORE_TIMEOUT_S)
     patience_ends = time.monotonic() + STORE_PATIENCE_S
     while True:
         try:
@@ -95,7 +103,8 @@ def _start(sender: Any, **_: Any) -> None:
                 sys.stderr.write(f"The worker cannot start: the store of {region} cannot be reached: {error}\n")
                 sys.exit(1)
         time.sleep(0.2)
-    _station = opened = Station(card, engines, Ledger(store))
+    ledger = Ledger(store, bulk=open_store(url, timeout_s=BULK_TIMEOUT_S))
+    _station = opened = Station(card, engines, ledger, warnings=warnings)
     _listener = Listener(store, card.worker_id, lambda job_id: opened.interrupt(job_id, JobCancelled()))
 
 
@@ -147,8 +156,8 @@ def _served(queues: list[str], regions: dict[str, routing.Region]) -> tuple[str,
 
 def _load(
     types: list[JobType], worker: settings.WorkerSettings
-) -> tuple[dict[JobType, Engine], dict[JobType, str], str]:
-    """Load every engine on the device this process owns."""
+) -> tuple[dict[JobType, Engine], dict[JobType, str], dict[JobType, str], str]:
+    """Load every engine on the device this process owns: engines, model ids, what to tell with answers, the device."""
     index = worker.device_id
     if index is not None and "CUDA_VISIBLE_DEVICES" not in os.environ:
         # Before torch is imported: CUDA reads it once and cannot be told otherwise later. The device is then the
@@ -171,12 +180,15 @@ def _load(
     defaults = DEFAULT_ON_CPU if device.name == "cpu" else DEFAULT_ON_GPU
     engines: dict[JobType, Engine] = {}
     models: dict[JobType, str] = {}
-    for job_type in types:
-        if job_type not in chosen and job_type not in defaults:
-            raise settings.SettingsError(f"No engine for {job_type} here: name a model for it, or leave its queue out.")
+    warnings: dict[JobType, str] = {}
+    # The language model last: its cache takes its share of what the others have left.
+    for job_type in sorted(types, key=lambda job_type: job_type is JobType.LLM):
         model = chosen.get(job_type) or loading.resolve(job_type, defaults[job_type])
         began = time.monotonic()
         engines[job_type] = loading.load(model, device)
         models[job_type] = model.id
+        if warning := catalogue.warning(model, worker.models.get(job_type, model.id)):
+            warnings[job_type] = warning
+            logger.warning("%s", warning)
         logger.info("%s loaded on %s in %.1f s", model.id, device.name, time.monotonic() - began)
-    return engines, models, device.name
+    return engines, models, warnings, device.name

@@ -49,9 +49,13 @@ class Card:
         return cls(**{**fields, "state": WorkerState(fields["state"])})
 
 
-def load_of(cards: Iterable[Card], job_type: JobType, *, service_s: float | None) -> Load:
-    """What the given workers of one region can do for a type."""
-    able = [card for card in cards if card.state is WorkerState.READY and job_type in card.slots]
+def load_of(cards: Iterable[Card], job_type: JobType, model: str | None = None, *, service_s: float | None) -> Load:
+    """What the given workers of one region can do for a type; model: for jobs that name it."""
+    able = [
+        card
+        for card in cards
+        if card.state is WorkerState.READY and job_type in card.slots and model in (None, card.models.get(job_type))
+    ]
     slots = sum(card.slots[job_type] for card in able)
     busy = sum(card.busy.get(job_type, 0) for card in able)
     return Load(slots=slots, free=max(slots - busy, 0), service_s=service_s)

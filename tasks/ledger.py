@@ -4,8 +4,10 @@ Every change is one Lua script, so it happens whole or not at all. The fence is 
 that began it: whoever no longer matches both cannot write. The SQL row remains the truth; all of this can be lost.
 
 Keys of a region's store:
-    job:{id}          hash    state, attempt, worker, params, timeout_s, outcome, cancel, deliveries, wait, score
-    wait:{queue}      zset    queued jobs of a region and type, by priority and arrival: position, depth
+    job:{id}          hash    state, attempt, worker, params, timeout_s, outcome, cancel, deliveries, progress, and its
+                              place: wait, score
+    wait:{queue}      zset    queued jobs of a region and type (and model), by priority and arrival: position, depth
+    queues            hash    every queue that jobs were entered for, and the model it is for, or ''
     lease:{worker}    string  a worker's card; gone 10 s after its last beat
     workers           zset    every worker seen, by its last beat
     running:{worker}  set     the jobs it runs
@@ -30,6 +32,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from engines.contract import Progress
 from tasks.job import MAX_ATTEMPTS, Envelope, Job, JobState
 
 logger = logging.getLogger(__name__)
@@ -40,6 +43,8 @@ BEAT_S = 2.0
 OUTCOME_TTL_S = 24 * 3600
 #: How long the mark of a cancelled or folded job stays, for messages and submits that come late.
 TOMBSTONE_TTL_S = 600
+#: Params and results that are longer than this, in characters, go by a client with more patience.
+BULK_CHARS = 256 * 1024
 #: One blocking wait; the record is looked at again between two of them.
 WAIT_SLICE_S = 5.0
 
@@ -82,6 +87,14 @@ class Entered:
 
 
 @dataclass(frozen=True, slots=True)
+class Queued:
+    """One queue: how many jobs wait there, and the model it is for; None for any."""
+
+    depth: int
+    model: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """A job's live record as fold() needs it."""
 
@@ -118,20 +131,30 @@ def open_store(url: str, *, timeout_s: float, block_s: float = 0.0) -> redis.Red
 class Ledger:
     """One region's live records. Raises StoreError from every method when the store does not answer in time."""
 
-    def __init__(self, store: redis.Redis, waiting: redis.Redis | None = None) -> None:
-        """waiting: a client for wait(), whose socket timeout exceeds WAIT_SLICE_S."""
+    def __init__(self, store: redis.Redis, waiting: redis.Redis | None = None, bulk: redis.Redis | None = None) -> None:
+        """waiting: a client for wait(), whose socket timeout exceeds WAIT_SLICE_S.
+
+        bulk: a client for megabytes, whose socket timeout is that of a whole transfer.
+        """
         self.store = store
         self._waiting = waiting
+        self._bulk = bulk or store
         scripts = {path.stem: path.read_text() for path in (Path(__file__).parent / "lua").glob("*.lua")}
         self._run = {name: store.register_script(text) for name, text in scripts.items()}
 
     # The API's side
 
-    def put(self, job: Job, *, queue: str, priority: int, params: str, timeout_s: float) -> Entered:
-        """Enter the attempt as queued, with its params as JSON text; a record that knows better is left alone."""
+    def put(
+        self, job: Job, *, queue: str, model: str | None = None, priority: int, params: str, timeout_s: float
+    ) -> Entered:
+        """Enter the attempt as queued, with its params as JSON text; a record that knows better is left alone.
+
+        model: the one that the queue is for.
+        """
         state, place, epoch = self._run["put"](
-            keys=[f"job:{job.id}", f"wait:{queue}", "seq", "epoch"],
-            args=[job.id, job.attempt, 9 - priority, params, timeout_s, uuid.uuid4().hex],
+            keys=[f"job:{job.id}", f"wait:{queue}", "seq", "epoch", "queues"],
+            args=[job.id, job.attempt, 9 - priority, params, timeout_s, uuid.uuid4().hex, queue, model or ""],
+            client=self._client_for(params),
         )
         return Entered(state, place + 1 if place >= 0 else None, epoch)
 
@@ -173,12 +196,24 @@ class Ledger:
         rank = self.store.zrank(f"wait:{queue}", job_id)
         return None if rank is None else int(cast(int, rank)) + 1
 
-    def depths(self, queues: Sequence[str]) -> dict[str, int]:
-        """How many jobs wait in each queue."""
+    def queues(self) -> dict[str, Queued]:
+        """Every queue that jobs were ever entered for, by name."""
+        models = cast(dict[str, str], self.store.hgetall("queues"))
         pipe = self.store.pipeline(transaction=False)
-        for queue in queues:
+        for queue in models:
             pipe.zcard(f"wait:{queue}")
-        return dict(zip(queues, pipe.execute(), strict=True))
+        depths = pipe.execute() if models else []
+        return {
+            queue: Queued(depth, model or None) for (queue, model), depth in zip(models.items(), depths, strict=True)
+        }
+
+    def progress(self, job_id: str) -> Progress | None:
+        """How far a running job has come, as its worker last said."""
+        said = cast(str | None, self.store.hget(f"job:{job_id}", "progress"))
+        if not said:
+            return None
+        done, total, unit = said.split(" ", 2)
+        return Progress(int(done), int(total) if total else None, unit)
 
     def speeds(self, queues: Sequence[str]) -> dict[str, float]:
         """Running mean of a job's seconds, for the queues that have completed one."""
@@ -249,8 +284,10 @@ class Ledger:
     def finish(self, envelope: Envelope, *, queue: str) -> bool:
         """Hand in an outcome, and wake everyone who waits for it; False if the attempt is no longer ours."""
         ran = envelope.run_s if envelope.outcome is JobState.COMPLETED else ""
+        text = envelope.encode()
         return bool(
             self._run["finish"](
+                client=self._client_for(text),
                 keys=[
                     f"job:{envelope.job_id}",
                     "seq",
@@ -264,7 +301,7 @@ class Ledger:
                     envelope.job_id,
                     envelope.attempt,
                     envelope.worker_id,
-                    envelope.encode(),
+                    text,
                     _celery_result(envelope),
                     OUTCOME_TTL_S,
                     ran,
@@ -285,6 +322,15 @@ class Ledger:
         )
         return Heard(cancelled, lost, ghosts)
 
+    def tell(self, worker_id: str, progress: Mapping[str, Progress]) -> None:
+        """Show how far jobs have come that the worker holds, by job id."""
+        said = [
+            word
+            for job_id, event in progress.items()
+            for word in (job_id, f"{event.done} {'' if event.total is None else event.total} {event.unit}")
+        ]
+        self._run["tell"](keys=[], args=[worker_id, *said])
+
     def retire(self, worker_id: str) -> None:
         """End the lease now; what the worker still held is taken over at once."""
         self.store.delete(f"lease:{worker_id}")
@@ -296,6 +342,13 @@ class Ledger:
             return []
         cards = cast(list[str | None], self.store.mget([f"lease:{worker}" for worker in workers]))
         return [card for card in cards if card is not None]
+
+    def _client_for(self, text: str) -> redis.Redis:
+        if len(text) <= BULK_CHARS or self._bulk is self.store:
+            return self.store
+        # A dead server is found out by the client that does not wait for it.
+        self.store.ping()
+        return self._bulk
 
 
 def _record(fields: list[str | None]) -> Record | None:

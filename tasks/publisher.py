@@ -1,7 +1,7 @@
 """The sending end of a broker: tasks by name, and never a wait for a dead server."""
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from amqp.exceptions import AMQPError, MessageNacked
@@ -46,7 +46,7 @@ class Publisher:
         # and a producer waits for its connection without end.
         size = self._app.conf.broker_pool_limit
         self._producers = ProducerPool(self._app.connection_for_write().Pool(limit=size), limit=size)
-        self._queues = {queue.name: queue for queue in celeryconfig.queues_for(broker)}
+        self._queue_named = cache(partial(celeryconfig.queue_named, broker=broker))
         self._origin = anon_nodename()
 
     def publish(self, job: Job, *, queue: str, priority: int) -> None:
@@ -56,7 +56,7 @@ class Publisher:
         Source: Celery's message protocol, task messages version 2.
         """
         args = job.to_args()
-        target = self._queues[queue]
+        target = self._queue_named(queue)
         amqp = routing.is_amqp(self._broker)
         with self._producers.acquire(block=True, timeout=POOL_TIMEOUT_S) as producer:
             send = partial(
@@ -108,7 +108,7 @@ class Publisher:
             channel = connection.default_channel
             found = {}
             for name in queues:
-                queue = self._queues[name]
+                queue = self._queue_named(name)
                 # Not passive: on Redis an empty queue does not exist, and asking for it would be an error. On RabbitMQ
                 # every word must be as kombu declares it, or the answer is 406; py-amqp's own default is auto_delete.
                 declared = channel.queue_declare(

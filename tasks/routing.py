@@ -1,6 +1,7 @@
 """Regions, queue names, and which region a job joins: pure functions."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -37,16 +38,23 @@ class Load:
     service_s: float | None
 
 
-def queue_name(region: str, job_type: JobType, *, pinned: bool = False) -> str:
-    """The queue of a region and type; a job that may not leave its region has one apart, which nothing exports."""
+def queue_name(region: str, job_type: JobType, model: str | None = None, *, pinned: bool = False) -> str:
+    """The queue of a region and type, such as asia-east.llm.
+
+    model: of the jobs that name it, such as asia-east.llm@qwen-qwen2-5-7b-instruct; only workers that hold the model
+    take from there, so that nobody is handed what he cannot run.
+    pinned: of the jobs that may not leave the region (.local), so that nothing outside can export them.
+    """
     name = f"{region}.{job_type}"
+    if model is not None:
+        name += "@" + re.sub(r"[^a-z0-9]+", "-", model.casefold()).strip("-")
     return f"{name}.local" if pinned else name
 
 
 def split_queue(name: str) -> tuple[str, JobType]:
     """The region and type that a queue's name states. Raises ValueError for a name that is none of ours."""
     region, _, rest = name.partition(".")
-    return region, JobType(rest.removesuffix(".local"))
+    return region, JobType(rest.removesuffix(".local").partition("@")[0])
 
 
 def is_amqp(broker: str) -> bool:

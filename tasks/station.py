@@ -38,6 +38,8 @@ HANG_GRACE_S = 10.0
 EXIT_BROKEN = 70
 #: How long interrupted jobs may take to be given back before the process exits without them.
 FALL_GRACE_S = 3.0
+#: How often the progress of running jobs is shown.
+TELL_EVERY_S = 0.5
 _RETRY_S = 0.5
 
 
@@ -48,6 +50,8 @@ class Run:
         self.job = job
         self.timeout_s = timeout_s
         self.began = time.monotonic()
+        #: What the engine said last of how far it has come.
+        self.progress: Progress | None = None
         self._interruption: JobInterrupted | None = None
 
     @property
@@ -61,7 +65,8 @@ class Run:
 
     def report(self, event: Progress | Text) -> None:
         """Raises JobInterrupted once the job must stop."""
-        del event
+        if isinstance(event, Progress):
+            self.progress = event
         if self._interruption is not None:
             raise self._interruption
         if time.monotonic() > self.deadline:
@@ -77,13 +82,18 @@ class Station:
         engines: Mapping[JobType, Engine],
         ledger: Ledger,
         *,
+        warnings: Mapping[JobType, str] | None = None,
         leave: Callable[[int], None] = os._exit,
         hang_grace_s: float = HANG_GRACE_S,
     ) -> None:
-        """leave: ends the process at once, whatever its other threads do."""
+        """warnings: what to tell with every answer of a type.
+
+        leave: ends the process at once, whatever its other threads do.
+        """
         self._card = card
         self._engines = engines
         self._ledger = ledger
+        self._warnings = warnings or {}
         self._leave = leave
         self._hang_grace_s = hang_grace_s
         self._runs: dict[str, Run] = {}
@@ -92,6 +102,7 @@ class Station:
         self._stop = threading.Event()
         self._fallen: str | None = None
         self._beating = threading.Thread(target=self._beat_for_ever, name="beat", daemon=True)
+        self._telling = threading.Thread(target=self._tell_for_ever, name="progress", daemon=True)
 
     @property
     def worker_id(self) -> str:
@@ -109,6 +120,7 @@ class Station:
         """Show the card and keep the lease from now on."""
         self._try_to_beat()
         self._beating.start()
+        self._telling.start()
 
     def close(self) -> None:
         """Give back what still runs, and end the lease."""
@@ -175,7 +187,10 @@ class Station:
             engine = self._engines.get(job.type)
             if engine is None:
                 raise EngineError(f"This worker runs no {job.type}.", code="no_engine")
-            return self._envelope(run, JobState.COMPLETED, result=engine.run(claim.params, run.report))
+            result = engine.run(claim.params, run.report)
+            if warning := self._warnings.get(job.type):
+                result["warnings"] = [warning, *result.get("warnings", [])]
+            return self._envelope(run, JobState.COMPLETED, result=result)
         except JobCancelled:
             return self._envelope(run, JobState.CANCELLED)
         except JobTimedOut as error:
@@ -258,6 +273,20 @@ class Station:
                 # The type plays no part in the fence.
                 self._ledger.release(Job(job_id, JobType.LLM, record.attempt), worker_id=self.worker_id)
         self._ghosts = ghosts
+
+    def _tell_for_ever(self) -> None:
+        """Show progress from a thread of its own: the engine's must not wait for the store, nor must the lease."""
+        told: dict[str, Progress] = {}
+        while not self._stop.wait(TELL_EVERY_S):
+            with self._lock:
+                now = {job_id: run.progress for job_id, run in self._runs.items() if run.progress is not None}
+            news = {job_id: progress for job_id, progress in now.items() if told.get(job_id) != progress}
+            try:
+                if news:
+                    self._ledger.tell(self.worker_id, news)
+                told = now
+            except StoreError as error:
+                logger.debug("progress is not shown; the store is away: %s", error)
 
     def _watch(self) -> None:
         """Give the process up if a step hangs past its job's deadline; nothing else frees the device."""

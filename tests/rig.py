@@ -15,6 +15,7 @@ from app.dispatch import Dispatch, Request, open_dispatch
 from app.rows import JobRow
 from app.tables import open_database
 from engines.catalogue import JobType
+from engines.schemas import load_params
 from tasks import settings
 from tasks.job import JobState
 
@@ -78,7 +79,9 @@ class Platform:
         self.workers: list[Worker] = []
         regions = settings.load_regions(environ)
         self.database_url = environ["DATABASE_URL"]
-        self.dispatch: Dispatch = open_dispatch(open_database(self.database_url), regions, "asia-east")
+        self.dispatch: Dispatch = open_dispatch(
+            open_database(self.database_url), regions, "asia-east", str(folder / "blobs")
+        )
         self._stopped = threading.Event()
         self._control: threading.Thread | None = None
 
@@ -114,11 +117,20 @@ class Platform:
         must_send: bool = False,
         region: str | None = None,
         allow_cross_region: bool = True,
+        model: str | None = None,
     ) -> JobRow:
         """A chat job whose last user message is `text`; see engines/echo.py for what it can order."""
-        params = {"messages": [{"role": "user", "content": text}], "max_tokens": 100}
+        params = load_params(JobType.LLM, {"messages": [{"role": "user", "content": text}], "max_tokens": 100})
         request = Request(
-            JobType.LLM, params, priority, region, allow_cross_region, timeout_seconds, queue_timeout_seconds
+            JobType.LLM,
+            model,
+            model,
+            params,
+            priority,
+            region,
+            allow_cross_region,
+            timeout_seconds,
+            queue_timeout_seconds,
         )
         return self.dispatch.submit("tester", request, must_send=must_send).row
 

@@ -28,6 +28,7 @@ end
 local time = redis.call('TIME')
 redis.call('HSET', KEYS[1], 'state', 'running', 'worker', ARGV[3], 'token', ARGV[4],
   'started', time[1] * 1000 + math.floor(time[2] / 1000))
+redis.call('HDEL', KEYS[1], 'progress')
 redis.call('ZREM', wait, ARGV[1])
 redis.call('SADD', 'running:' .. ARGV[3], ARGV[1])
 return {'RUN', redis.call('HGET', KEYS[1], 'params'), redis.call('HGET', KEYS[1], 'timeout_s')}

@@ -13,7 +13,7 @@ if record[1] and not (record[1] == 'running' and record[2] == ARGV[2] and record
   return 0
 end
 redis.call('HSET', KEYS[1], 'state', 'ended', 'attempt', ARGV[2], 'worker', ARGV[3], 'outcome', ARGV[4])
-redis.call('HDEL', KEYS[1], 'params')
+redis.call('HDEL', KEYS[1], 'params', 'progress')
 redis.call('EXPIRE', KEYS[1], ARGV[6])
 redis.call('ZADD', KEYS[3], redis.call('INCR', KEYS[2]), ARGV[1])
 redis.call('SET', KEYS[5], ARGV[5], 'EX', ARGV[6])

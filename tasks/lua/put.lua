@@ -1,6 +1,6 @@
 -- Enter one attempt of a job as queued, unless the record already knows better.
--- KEYS: job, wait index, sequence, epoch
--- ARGV: id, attempt, rank (9 - priority), params, timeout in seconds, a fresh epoch
+-- KEYS: job, wait index, sequence, epoch, queues
+-- ARGV: id, attempt, rank (9 - priority), params, timeout in seconds, a fresh epoch, queue, its model or ''
 -- Returns {state, place in the index from 0 or -1, epoch}
 local epoch = redis.call('GET', KEYS[4])
 if not epoch then
@@ -17,7 +17,7 @@ if state and (attempt > tonumber(ARGV[2]) or (attempt == tonumber(ARGV[2]) and s
 end
 if worker then
   redis.call('SREM', 'running:' .. worker, ARGV[1])
-  redis.call('HDEL', KEYS[1], 'worker', 'token', 'started')
+  redis.call('HDEL', KEYS[1], 'worker', 'token', 'started', 'progress')
 end
 if not score then
   -- Priority first, then the order of arrival; both exact in a double: 10 * 2^48 < 2^53.
@@ -26,5 +26,6 @@ end
 redis.call('HSET', KEYS[1], 'state', 'queued', 'attempt', ARGV[2], 'params', ARGV[4], 'timeout_s', ARGV[5],
   'wait', KEYS[2], 'score', score)
 redis.call('PERSIST', KEYS[1])
+redis.call('HSET', KEYS[5], ARGV[7], ARGV[8])
 redis.call('ZADD', KEYS[2], score, ARGV[1])
 return {'queued', redis.call('ZRANK', KEYS[2], ARGV[1]), epoch}

@@ -6,7 +6,7 @@ local record = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'worker', 'wait'
 redis.call('SREM', KEYS[4], ARGV[1])
 if not (record[1] == 'running' and record[2] == ARGV[2] and record[3] == ARGV[3]) then return 0 end
 redis.call('HSET', KEYS[1], 'state', 'queued')
-redis.call('HDEL', KEYS[1], 'worker', 'token', 'started')
+redis.call('HDEL', KEYS[1], 'worker', 'token', 'started', 'progress')
 redis.call('HINCRBY', KEYS[1], 'deliveries', -1)
 redis.call('ZADD', record[4], record[5], ARGV[1])
 redis.call('ZADD', KEYS[3], redis.call('INCR', KEYS[2]), ARGV[1])

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,9 +39,9 @@ class HandWorker:
         self.store = open_store(store_url, timeout_s=2)
         self.ledger = Ledger(self.store)
 
-    def show(self) -> None:
-        """Be alive for one lease."""
-        card = Card(self.id, REGION, "host", "cpu", {JobType.LLM: "echo"}, {JobType.LLM: 2}, time.time())
+    def show(self, model: str = "echo") -> None:
+        """Be alive for one lease, as a worker of that language model."""
+        card = Card(self.id, REGION, "host", "cpu", {JobType.LLM: model}, {JobType.LLM: 2}, time.time())
         self.ledger.beat(self.id, card.encode(), [])
 
     def begin(self, job_id: str) -> Mapping[str, Any]:
@@ -80,10 +81,10 @@ class HandWorker:
 
 
 @pytest.fixture
-def settings(database_url: str, valkey: Any, store_url: str) -> Settings:
+def settings(database_url: str, valkey: Any, store_url: str, tmp_path: Path) -> Settings:
     """The seed's four regions on the test's store, with few threads."""
     regions = load_regions({"GPU_STORE_URL": store_url, "GPU_BROKER_URL": f"{valkey.url}/0"})
-    return Settings(database_url, regions, REGION, threads=8)
+    return Settings(database_url, str(tmp_path / "blobs"), regions, REGION, threads=8)
 
 
 @pytest.fixture

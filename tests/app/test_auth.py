@@ -28,6 +28,7 @@ RIGHTS = {
     ("GET", JOBS): {Scope.INFER, Scope.READ, Scope.ADMIN},
     ("GET", f"{JOBS}/<job_id>"): {Scope.INFER, Scope.READ, Scope.ADMIN},
     ("DELETE", f"{JOBS}/<job_id>"): {Scope.INFER, Scope.ADMIN},
+    ("GET", "/api/v1/models"): {Scope.INFER, Scope.READ, Scope.ADMIN},
     ("GET", f"{JOBS}/stats/queue"): {Scope.INFER, Scope.READ, Scope.ADMIN},
 }
 

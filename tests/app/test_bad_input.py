@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 from flask.testing import FlaskClient
@@ -174,7 +175,9 @@ def test_a_surrogate_in_a_fields_name_is_refused_like_any_other(client):
     assert "\ud800" in answer.json["errors"]
 
 
-def test_a_body_above_the_limit_is_refused_with_the_limit(client):
+def test_a_body_above_the_limit_is_refused_with_the_limit(make_app, settings):
+    client = make_app(replace(settings, max_body_bytes=1024 * 1024)).test_client()
+
     answer = client.post(JOBS, json=chat(messages=[{"role": "user", "content": "x" * 1024 * 1024}]))
 
     assert (answer.status_code, answer.json["code"]) == (413, "body_too_large")

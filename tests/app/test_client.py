@@ -1,4 +1,4 @@
-"""The SDK, and the seed's own client, against a server on a port."""
+"""The SDK against a server on a port."""
 
 import itertools
 import socket
@@ -16,33 +16,6 @@ from tasks.job import JobError, JobState
 MESSAGES = [{"role": "user", "content": "请用Python写一个快速排序算法"}]
 
 
-class SeedClient:
-    """The seed's Python example, as far as llm goes, letter for letter."""
-
-    def __init__(self, base_url: str, api_key: str = None):  # noqa: RUF013
-        self.base_url = base_url.rstrip("/")
-        self.session = requests.Session()
-        if api_key:
-            self.session.headers["X-API-Key"] = api_key
-
-    def chat(self, messages: list, **kwargs) -> dict:
-        """LLM对话"""
-        response = self.session.post(
-            f"{self.base_url}/api/v1/jobs/sync",
-            json={
-                "type": "llm",
-                "params": {
-                    "messages": messages,
-                    "max_tokens": kwargs.get("max_tokens", 2048),
-                    "temperature": kwargs.get("temperature", 0.7),
-                },
-            },
-            params={"timeout": kwargs.get("timeout", 60)},
-        )
-        response.raise_for_status()
-        return response.json()
-
-
 @pytest.fixture
 def url(app: Flask) -> Iterator[str]:
     """The API on a port of its own."""
@@ -57,14 +30,6 @@ def url(app: Flask) -> Iterator[str]:
 @pytest.fixture
 def sdk(url: str) -> GPUInferenceClient:
     return GPUInferenceClient(url)
-
-
-def test_the_seeds_own_client_works_unchanged(url, worker):
-    thread = worker.answer_next()
-    result = SeedClient(url).chat(MESSAGES)
-    thread.join()
-
-    assert result["result"]["response"].startswith("你好")
 
 
 def test_chat_gives_the_completed_job(sdk, worker):

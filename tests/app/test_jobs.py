@@ -12,6 +12,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from app.settings import Settings
+from engines.catalogue import JobType
 from tasks.job import JobError, JobState
 
 MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
@@ -263,7 +264,9 @@ def test_a_waiting_job_says_why_it_waits_and_has_every_field(client, job_id):
     assert job["estimated_wait_seconds"] is None
 
 
-@pytest.mark.parametrize("job_id", [str(uuid.uuid4()), "not-a-uuid", "1", "%00", "x" * 3000, "{brace}", "sync"])
+@pytest.mark.parametrize(
+    "job_id", ["0e8f4c3a-5a1c-4f0e-9a52-0c3d5e7f9b11", "not-a-uuid", "1", "%00", "x" * 3000, "{brace}", "sync"]
+)
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 def test_an_id_that_is_unknown_or_no_uuid_is_not_found(client, method, job_id):
     answer = client.open(f"{JOBS}/{job_id}", method=method)
@@ -380,6 +383,11 @@ def test_near_names_stand_in_the_refusal(client):
 # Statistics
 
 
+def depths(**queued: int) -> dict[str, int]:
+    """Every type's depth."""
+    return {**dict.fromkeys(JobType, 0), **queued}
+
+
 def test_statistics_have_exactly_the_seeds_fields(client, chat, worker):
     client.post(JOBS, json=chat)
     client.post(JOBS, json={**chat, "region": "europe-west", "allow_cross_region": False})
@@ -390,8 +398,8 @@ def test_statistics_have_exactly_the_seeds_fields(client, chat, worker):
     here = client.get(f"{JOBS}/stats/queue?region=asia-east").json
 
     assert set(everywhere) == {"total_queued", "available_workers", "estimated_wait_seconds", "by_type"}
-    assert (everywhere["total_queued"], everywhere["by_type"]) == (2, {"llm": 2})
-    assert (here["total_queued"], here["available_workers"], here["by_type"]) == (1, 1, {"llm": 1})
+    assert (everywhere["total_queued"], everywhere["by_type"]) == (2, depths(llm=2))
+    assert (here["total_queued"], here["available_workers"], here["by_type"]) == (1, 1, depths(llm=1))
 
 
 # A region that is away

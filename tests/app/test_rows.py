@@ -52,6 +52,8 @@ def insert(rows: Rows, **changes: Any) -> tuple[JobRow, bool]:
     values: dict[str, Any] = {
         "owner": "ann",
         "type": JobType.LLM,
+        "model": None,
+        "requested_model": None,
         "params": "{}",
         "priority": 0,
         "region_wanted": None,
@@ -577,7 +579,7 @@ def test_a_sent_job_that_nobody_begins_is_looked_at_ever_more_rarely(rows, datab
 
     def seems_lost(seconds: float) -> bool:
         age(database, row, seconds, "sent_at")
-        found = rows.long_unbegun("asia-east", JobType.LLM, first_s=10, most_s=100, limit=10)
+        found = rows.long_unbegun("asia-east", JobType.LLM, None, first_s=10, most_s=100, limit=10)
         age(database, row, -seconds, "sent_at")
         return ids(found) == [row.id]
 
@@ -604,7 +606,7 @@ def test_only_queued_jobs_of_the_region_and_type_can_seem_lost_oldest_first(rows
     rows.send_again(made[5].id)
 
     def lost(limit: int) -> list[str]:
-        return ids(rows.long_unbegun("asia-east", JobType.LLM, first_s=10, most_s=100, limit=limit))
+        return ids(rows.long_unbegun("asia-east", JobType.LLM, None, first_s=10, most_s=100, limit=limit))
 
     assert lost(10) == [made[1].id, made[0].id]
     assert lost(1) == [made[1].id]
@@ -691,7 +693,7 @@ LOOKS = {
     "ran_too_long": Look(lambda rows: rows.ran_too_long(10), "run_deadline"),
     "of_other_epochs": Look(lambda rows: rows.of_other_epochs("asia-east", "e", 10), "store_epoch"),
     "long_unbegun": Look(
-        lambda rows: rows.long_unbegun("asia-east", JobType.LLM, first_s=1, most_s=9, limit=10), "type"
+        lambda rows: rows.long_unbegun("asia-east", JobType.LLM, None, first_s=1, most_s=9, limit=10), "type"
     ),
     "page of an owner": Look(lambda rows: rows.page("owner-1"), "owner"),
     "page after another": Look(lambda rows: rows.page(None, before=(100.0, "x")), "created_at"),

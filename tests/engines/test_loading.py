@@ -148,7 +148,7 @@ def test_a_model_that_does_not_fit_shows_the_arithmetic_and_what_would_help(tiny
     with pytest.raises(EngineLoadError) as refused:
         load(tiny_model("qwen2"), Device("cpu", dtype="float32", max_memory_gib=0.001))
 
-    assert "weights 0.00 GiB + cache for 4096 tokens" in refused.value.message
+    assert "weights 0.00 GiB + a cache of 4096 tokens" in refused.value.message
     assert "capped by max_memory_gib=0.001" in refused.value.message
     assert "raise max_memory_gib" in refused.value.message
 

@@ -41,16 +41,17 @@ def depths(platform: Platform) -> dict[str, int]:
     return platform.dispatch.links["asia-east"].broker.publisher.depths([QUEUE, PINNED])
 
 
-def test_free_and_pinned_jobs_wait_in_queues_of_their_own_and_one_worker_completes_both(platform):
+def test_free_pinned_and_named_jobs_wait_in_queues_of_their_own_and_one_worker_completes_all(platform):
     free = platform.submit("anywhere")
     pinned = platform.submit("only here", allow_cross_region=False)
+    named = platform.submit("by this one", model="echo")
     assert depths(platform) == {QUEUE: 1, PINNED: 1}
     assert platform.dispatch.check() == dict.fromkeys(platform.dispatch.links)
 
     worker = platform.start_worker()
-    rows = [platform.ended(row, 10) for row in (free, pinned)]
+    rows = [platform.ended(row, 10) for row in (free, pinned, named)]
 
-    assert [(row.status, row.worker_id, row.attempt) for row in rows] == [(JobState.COMPLETED, worker.id, 1)] * 2
+    assert [(row.status, row.worker_id, row.attempt) for row in rows] == [(JobState.COMPLETED, worker.id, 1)] * 3
     assert depths(platform) == {QUEUE: 0, PINNED: 0}
 
 

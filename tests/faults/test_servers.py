@@ -111,7 +111,8 @@ def test_a_broker_that_comes_back_empty_loses_no_queued_job(platform, valkey):
 def test_a_job_whose_api_process_dies_between_commit_and_publish_runs(platform):
     platform.start_worker()
     program = """
-import os, signal
+import os, signal, tempfile
+from app.blobs import Blobs
 from app.dispatch import Dispatch, Request
 from app.links import open_links
 from app.rows import Rows
@@ -126,8 +127,9 @@ class Dies(Dispatch):
 
 rows = Rows(open_database(os.environ["DATABASE_URL"]))
 params = {"messages": [{"role": "user", "content": "orphan"}], "max_tokens": 5}
-request = Request(JobType.LLM, params, 0, None, True, 60, None)
-Dies(rows, open_links(settings.load_regions(os.environ)), "asia-east").submit("tester", request)
+request = Request(JobType.LLM, None, None, params, 0, None, True, 60, None)
+links = open_links(settings.load_regions(os.environ))
+Dies(rows, links, "asia-east", Blobs(tempfile.gettempdir())).submit("tester", request)
 """
     died = subprocess.run(
         [sys.executable, "-c", program], env=platform.environ, cwd=ROOT, stdout=subprocess.PIPE, check=False
@@ -224,7 +226,7 @@ def test_urgent_jobs_overtake_and_equal_ones_keep_their_order(platform):
     urgent = platform.submit("urgent", priority=9)
     assert platform.dispatch.place(urgent).position == 1
     assert platform.dispatch.place(rows[0]).position == 2
-    assert link.mailbox.ledger.depths(["asia-east.llm"]) == {"asia-east.llm": 101}
+    assert link.mailbox.ledger.queues()["asia-east.llm"].depth == 101
     for row in [*rows, urgent]:
         platform.ended(row, 30)
 

@@ -39,7 +39,6 @@ def start(valkey, queues, **environ):
         ("asia-east.chat", {}, "such as asia-east.llm"),
         ("mars.llm", {}, "'mars' is not configured"),
         ("asia-east.llm,europe-west.llm", {}, "one region"),
-        ("asia-east.vision", {}, "No engine for vision"),
     ],
 )
 def test_a_worker_that_cannot_serve_as_told_says_why(valkey, queues, environ, said):

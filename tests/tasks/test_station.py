@@ -7,7 +7,7 @@ import uuid
 import pytest
 
 from engines.catalogue import JobType
-from engines.contract import EngineBroken
+from engines.contract import EngineBroken, Progress
 from tasks.fleet import Card, WorkerState
 from tasks.job import Job, JobState
 from tasks.ledger import Answer, Ledger, open_store
@@ -38,10 +38,10 @@ def ledger(store_url):
     return Ledger(open_store(store_url, timeout_s=2))
 
 
-def start(ledger, engine):
+def start(ledger, engine, warnings=None):
     left = []
     card = Card("w1", "asia-east", "host", "cpu", {JobType.LLM: "m"}, {JobType.LLM: 4}, time.time())
-    station = Station(card, {JobType.LLM: engine}, ledger, leave=left.append, hang_grace_s=0.2)
+    station = Station(card, {JobType.LLM: engine}, ledger, warnings=warnings, leave=left.append, hang_grace_s=0.2)
     station.open()
     return station, left
 
@@ -71,6 +71,45 @@ def test_a_hung_engine_costs_its_job_and_gives_the_others_back_uncounted(ledger)
     assert ledger.position(beside.id, QUEUE) == 1
     assert ledger.begin(beside, worker_id="w2", token="t").answer is Answer.RUN
     assert ledger.cards() == []
+
+
+class Counting:
+    """An engine that says how far it is whenever a test lets it."""
+
+    slots = 1
+
+    def __init__(self):
+        self.go = threading.Semaphore(0)
+
+    def run(self, params, report):
+        for done in (1, 2):
+            report(Progress(done, 2, "step"))
+            self.go.acquire(timeout=30)
+        return {"warnings": ["its own"]}
+
+    def close(self):
+        pass
+
+
+def test_the_ledger_shows_how_far_a_running_job_is_and_forgets_it_with_its_end(ledger):
+    engine = Counting()
+    station, _ = start(ledger, engine, warnings={JobType.LLM: "of the worker"})
+    job = enter(ledger, 600)
+    assert ledger.progress(job.id) is None
+    thread = threading.Thread(target=station.execute, args=[job])
+    thread.start()
+
+    until(lambda: ledger.progress(job.id) == Progress(1, 2, "step"), 10)
+    engine.go.release()
+    until(lambda: ledger.progress(job.id) == Progress(2, 2, "step"), 10)
+    engine.go.release()
+    thread.join()
+
+    assert ledger.progress(job.id) is None
+    assert ledger.look(job.id).outcome.result == {"warnings": ["of the worker", "its own"]}
+    ledger.tell("w2", {job.id: Progress(1, 2, "step")})  # of a worker that lost the job
+    assert ledger.progress(job.id) is None
+    station.close()
 
 
 def test_a_job_of_a_type_without_an_engine_fails_and_says_so(ledger):

@@ -1,0 +1,69 @@
+"""One job of each type, for the documentation: the seed's examples, with real files of a pixel and a few samples."""
+
+from typing import Any
+
+_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR42mO4p6EBAAMWAS9+uuUSAAAAAElFTkSuQmCC"
+_SOUND = "UklGRjQAAABXQVZFZm10IBAAAAABAAEAgD4AAAB9AAACABAAZGF0YRAAAAAAAAAAAAAAAAAAAAAAAAAA"
+
+JOBS: dict[str, Any] = {
+    "llm": {
+        "summary": "A chat",
+        "value": {
+            "type": "llm",
+            "params": {
+                "messages": [
+                    {"role": "system", "content": "你是一个有帮助的助手"},
+                    {"role": "user", "content": "你好，请介绍一下自己"},
+                ],
+                "max_tokens": 2048,
+                "temperature": 0.7,
+                "top_p": 0.9,
+            },
+            "priority": 0,
+            "region": "asia-east",
+            "allow_cross_region": True,
+            "timeout_seconds": 300,
+        },
+    },
+    "image_gen": {
+        "summary": "A picture",
+        "value": {
+            "type": "image_gen",
+            "params": {
+                "prompt": "a beautiful sunset over the ocean, highly detailed",
+                "negative_prompt": "blurry, low quality",
+                "width": 1024,
+                "height": 1024,
+                "steps": 4,
+                "seed": 12345,
+            },
+        },
+    },
+    "vision": {
+        "summary": "A question about a picture",
+        "value": {
+            "type": "vision",
+            "params": {
+                "image_base64": _PIXEL,
+                "task": "image_qa",
+                "question": "这张图片里有什么？",
+                "max_tokens": 1024,
+            },
+        },
+    },
+    "whisper": {
+        "summary": "Speech to text",
+        "value": {
+            "type": "whisper",
+            "params": {"audio_base64": _SOUND, "language": "zh", "task": "transcribe"},
+        },
+    },
+    "embedding": {
+        "summary": "Vectors for a search",
+        "value": {
+            "type": "embedding",
+            "params": {"input": ["什么是向量检索？"], "input_type": "query"},
+            "model": "BAAI/bge-m3",
+        },
+    },
+}
