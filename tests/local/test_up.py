@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from local.settings import LOOPBACK
+from tasks.settings import MODEL_VARIABLES
 
 PORTS = ("PORT", "FLOWER_PORT", "STORE_PORT")
 UP = "everything is up"
@@ -30,7 +31,13 @@ def environ(tmp_path: Path) -> dict[str, str]:
     for server in servers:
         server.close()
     elsewhere = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
-    return {**os.environ, **ports, **elsewhere, "GPU_DATA_DIR": str(tmp_path / "var"), "GPU_LLM_MODEL": "echo"}
+    return {
+        **os.environ,
+        **ports,
+        **elsewhere,
+        "GPU_DATA_DIR": str(tmp_path / "var"),
+        **dict.fromkeys(MODEL_VARIABLES, "echo"),
+    }
 
 
 class Up:
