@@ -125,7 +125,7 @@ def test_a_job_longer_than_rabbitmq_waits_for_its_message_runs_once_and_its_work
     # The message comes back, to the same worker, while its job runs.
     platform.until(lambda: f"{long.id} attempt 1 is not run: busy" in worker.log.read_text(), CONSUMER_TIMEOUT_S + 5)
     long = platform.ended(long, 10)
-    after = platform.ended(platform.submit("after"), 10)
+    after = platform.ended(platform.submit("after"), 30)
 
     assert [(row.status, row.attempt, row.worker_id) for row in (long, after)] == [
         (JobState.COMPLETED, 1, worker.id)
