@@ -5,7 +5,7 @@ import sys
 
 from engines import packaged
 
-MEASUREMENTS = ("overhead", "depth", "chat", "llm_engine")
+MEASUREMENTS = ("overhead", "depth", "chat", "llm_engine", "engines")
 
 
 def main() -> None:

@@ -34,6 +34,7 @@ class Rig:
             "BARE_BROKER_URL": f"{url}/2",
             "BARE_BACKEND_URL": f"{url}/3",
             "DATABASE_URL": f"sqlite:///{folder / 'jobs.db'}",
+            "BLOBS_URL": str(folder / "blobs"),
             "PORT": str(self.port),
             "GOMP_SPINCOUNT": "10000",
         }
@@ -53,15 +54,15 @@ class Rig:
                 sys.exit(f"{name} did not get ready:\n{log.read_text()[-3000:]}")
             time.sleep(0.05)
 
-    def start_platform(self, **environ: str) -> None:
-        """Store, API, control and one worker."""
+    def start_platform(self, queues: str = "asia-east.llm", **environ: str) -> None:
+        """Store, API, control and one worker of those queues, joined by commas."""
         python = sys.executable
         options = ["--save", "", "--appendonly", "no", "--dir", str(self.folder), "--bind", "127.0.0.1"]
         self.start("store", str(get_binary_path()), "--port", str(self.store_port), *options, ready="Ready to accept")
         upgrade = [python, "-m", "flask", "--app", "wsgi", "db", "upgrade"]
         subprocess.run(upgrade, cwd=ROOT, env=self.environ, check=True, stdout=subprocess.DEVNULL)
         self.start("control", python, "-m", "app.control", ready="leads")
-        celery = [python, "-m", "celery", "-A", "tasks", "worker", "-Q", "asia-east.llm", "-n", "ours@%h"]
+        celery = [python, "-m", "celery", "-A", "tasks", "worker", "-Q", queues, "-n", "ours@%h"]
         self.start("worker", *celery, ready="serves", **environ)
         self.start("api", python, "-m", "app.serve")
         end = time.monotonic() + READY_S

@@ -163,7 +163,7 @@ def test_much_junk_gets_a_short_answer_soon(client):
     began = time.monotonic()
     answer = client.post(JOBS, json={**chat(), **junk, "x" * 100_000: 1})
 
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5
     assert answer.status_code == 422
     assert len(answer.data) < 10_000
 
