@@ -122,8 +122,9 @@ class Dispatch:
         Raises IdempotencyConflict.
         """
         region = self._region_for(request)
+        text = json.dumps(request.params, separators=(",", ":"))
         try:
-            params = self._blobs.keep(json.dumps(request.params, separators=(",", ":")))
+            params = self._blobs.keep(text)
         except OSError as error:
             logger.error("the blob store does not take a job's params: %s", error)
             raise Unavailable("blobs_unavailable", "The store for large inputs does not answer.") from error
@@ -137,7 +138,7 @@ class Dispatch:
             return Submitted(row, replayed=True)
         position = None
         try:
-            position = self.send(row)
+            position = self.send(row, text)
         except Down as down:
             if must_send and self.rows.withdraw(row.id):
                 raise Unavailable("region_unavailable", f"{down} Nothing was submitted.") from down
@@ -165,15 +166,15 @@ class Dispatch:
             told_at_once=told_at_once,
         )
 
-    def send(self, row: JobRow) -> int | None:
+    def send(self, row: JobRow, params: str | None = None) -> int | None:
         """Enter the row's attempt in its region's store and publish its message; the place it got. Raises Down.
 
-        A job whose params are gone ends here.
+        params: as JSON text, if they are at hand. A job whose params are gone ends here.
         """
         link = self.links[row.region]
         job = Job(row.id, row.type, row.attempt)
         try:
-            params = self._blobs.read(row.params)
+            params = params or self._blobs.read(row.params)
         except FileNotFoundError:
             self.end(row, JobState.FAILED, JobError("params_lost", "Its input is no longer in the store of inputs."))
             return None
@@ -246,10 +247,10 @@ class Dispatch:
             row = self.fold(row, record) if record else self.look(row.id) or row
         return row
 
-    def result(self, row: JobRow) -> str | None:
-        """A completed job's result as JSON text. Raises Unavailable where it lies in a store that does not answer."""
+    def result(self, row: JobRow) -> dict[str, Any] | None:
+        """What a completed job gave. Raises Unavailable where it lies in a store that does not answer."""
         try:
-            return None if row.result is None else self._blobs.read(row.result)
+            return None if row.result is None else json.loads(self._blobs.read(row.result))
         except OSError as error:
             logger.error("job %s: its result cannot be read: %s", row.id, error)
             raise Unavailable("blobs_unavailable", "The store for large results does not answer.") from error

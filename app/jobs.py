@@ -95,7 +95,7 @@ def run(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> Any:
         extra["Idempotent-Replayed"] = "true"
     status, reason = _verdict(row, timeout_s)
     if reason is None:
-        return Shown(row, Place(), answer=dispatch.result(row)), status, extra
+        return Shown(row, Place(), result=dispatch.result(row)), status, extra
     # OpenAI's clients would send a job that failed or takes long twice more.
     extra["x-should-retry"] = "false"
     return jsonify(_UNFINISHED.dump(Shown(row, dispatch.place(row), reason, dispatch.progress(row)))), status, extra
@@ -107,7 +107,7 @@ def run(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> Any:
 def show(job_id: str) -> Shown:
     """One job, with its result once it has completed."""
     row, dispatch = _find(job_id), _dispatch()
-    return Shown(row, dispatch.place(row), progress=dispatch.progress(row), answer=dispatch.result(row))
+    return Shown(row, dispatch.place(row), progress=dispatch.progress(row), result=dispatch.result(row))
 
 
 @blueprint.delete("/<job_id>")

@@ -13,7 +13,7 @@ from app.dispatch import Dispatch
 from app.keys import Scope
 from app.parsing import Blueprint
 from engines.catalogue import DEFAULT_ON_CPU, DEFAULT_ON_GPU, MODELS, JobType
-from tasks.fleet import Card, WorkerState
+from tasks.fleet import Card, WorkerState, load_of
 
 blueprint = Blueprint("models", __name__, url_prefix="/api/v1/models", description="What can be asked for, and where.")
 
@@ -109,7 +109,6 @@ def _live(cards: Iterable[Card]) -> dict[tuple[JobType, str], list[Live]]:
                 found[job_type, model, card.region].append(card)
     live: dict[tuple[JobType, str], list[Live]] = defaultdict(list)
     for (job_type, model, region), holders in found.items():
-        slots = sum(card.slots[job_type] for card in holders)
-        busy = sum(card.busy.get(job_type, 0) for card in holders)
-        live[job_type, model].append(Live(region, len(holders), slots, max(0, slots - busy)))
+        load = load_of(holders, job_type, service_s=None)
+        live[job_type, model].append(Live(region, len(holders), load.slots, load.free))
     return live

@@ -215,18 +215,13 @@ class Shown:
     #: What to do about it, where the answer is not the result.
     detail: str | None = None
     progress: Progress | None = None
-    #: The result as JSON text.
-    answer: str | None = None
+    #: What the type gives, once it has completed.
+    result: Mapping[str, Any] | None = None
 
     @property
     def error(self) -> JobError | None:
         """Why it did not complete."""
         return JobError(self.row.error_code, self.row.error_message or "") if self.row.error_code else None
-
-    @property
-    def result(self) -> dict[str, Any] | None:
-        """What the type gives, once it has completed."""
-        return None if self.answer is None else json.loads(self.answer)
 
     @property
     def warnings(self) -> list[str]:

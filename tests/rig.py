@@ -19,6 +19,9 @@ from engines.schemas import load_params
 from tasks import settings
 from tasks.job import JobState
 
+#: Settings of a worker that serves every type without weights, and its queues.
+ECHO = dict.fromkeys(settings.MODEL_VARIABLES, "echo")
+EVERY_TYPE = ",".join(f"asia-east.{job_type}" for job_type in JobType)
 ROOT = Path(__file__).resolve().parent.parent
 READY_S = 40
 

@@ -18,7 +18,7 @@ from app.client import GPUInferenceClient as Sdk
 from app.settings import Settings
 from engines.catalogue import JobType
 from tasks.settings import load_regions
-from tests.rig import Platform
+from tests.rig import ECHO, EVERY_TYPE, Platform
 
 
 # fmt: off
@@ -110,13 +110,12 @@ class GPUInferenceClient:
 # fmt: on
 ROOT = Path(__file__).resolve().parents[2]
 SPEECH = ROOT / "local" / "speech.ogg"
-MODELS = {f"GPU_{name}_MODEL": "echo" for name in ("LLM", "IMAGE", "VISION", "WHISPER", "EMBEDDING")}
 
 
 @pytest.fixture
 def url(platform: Platform) -> Iterator[str]:
     """The API on a port of its own, with one worker that serves every type."""
-    platform.start_worker(queues=",".join(f"asia-east.{job_type}" for job_type in JobType), **MODELS)
+    platform.start_worker(queues=EVERY_TYPE, **ECHO)
     blobs = str(platform.folder / "blobs")
     settings = Settings(platform.database_url, blobs, load_regions(platform.environ), "asia-east", threads=8)
     app = create_app(settings)

@@ -44,7 +44,7 @@ from tests.engines import tiny_whisper
 CPU = Device("cpu", dtype="float32")
 #: espeak-ng -v en-us -s 150 -w speech.wav "The quick brown fox jumps over the lazy dog.", then to 16 kHz and Ogg Vorbis
 #: by soxr and soundfile.
-SPEECH = Path(__file__).with_name("speech.ogg")
+SPEECH = Path(__file__).resolve().parents[2] / "local" / "speech.ogg"
 
 Samples = NDArray[np.float32]
 Build = Callable[..., Path]

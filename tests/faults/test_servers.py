@@ -121,7 +121,7 @@ from engines.catalogue import JobType
 from tasks import settings
 
 class Dies(Dispatch):
-    def send(self, row):
+    def send(self, row, params):
         print(row.id, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 

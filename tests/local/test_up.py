@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from local.settings import LOOPBACK
-from tasks.settings import MODEL_VARIABLES
+from tests.rig import ECHO
 
 PORTS = ("PORT", "FLOWER_PORT", "STORE_PORT")
 UP = "everything is up"
@@ -36,7 +36,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
         **ports,
         **elsewhere,
         "GPU_DATA_DIR": str(tmp_path / "var"),
-        **dict.fromkeys(MODEL_VARIABLES, "echo"),
+        **ECHO,
     }
 
 

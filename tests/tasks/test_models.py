@@ -12,9 +12,7 @@ from engines.catalogue import JobType
 from engines.schemas import RESULTS, load_params
 from tasks.job import JobState
 from tests.engines.conftest import build
-
-EVERY_TYPE = ",".join(f"asia-east.{job_type}" for job_type in JobType)
-ECHO = {f"GPU_{name}_MODEL": "echo" for name in ("LLM", "IMAGE", "VISION", "WHISPER", "EMBEDDING")}
+from tests.rig import ECHO, EVERY_TYPE
 
 
 def picture():
