@@ -230,6 +230,8 @@ def test_urgent_jobs_overtake_and_equal_ones_keep_their_order(platform):
     for row in [*rows, urgent]:
         platform.ended(row, 30)
 
+    # An outcome is handed in just before its line is written.
+    platform.until(lambda: hold.log.read_text().count(" attempt 1: completed") == 102, 10)
     text = hold.log.read_text()
     order = sorted([*rows, urgent], key=lambda row: text.index(f"{row.id} attempt 1: completed"))
     assert order[0].id == urgent.id
