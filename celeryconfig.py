@@ -110,6 +110,10 @@ broker_connection_max_retries = None
 # RabbitMQ closes the channel of a message that is not acknowledged within its consumer_timeout, 30 minutes by default.
 # Without this a job that runs for longer ends its worker as soon as it is done (celery#6760).
 broker_channel_error_retry = True
+# Celery would take fewer messages after that and count back up as jobs end, from their threads: each asks the broker
+# and waits for its answer on the connection that the main thread reads. Now and then that takes the main thread's
+# next message, and the worker never takes another. A message that is delivered twice does no harm here.
+worker_enable_prefetch_count_reduction = False
 broker_pool_limit = 16
 # The row is the outbox: a publish that fails is sent again by the reconciler.
 task_publish_retry = False

@@ -130,7 +130,10 @@ def test_a_job_longer_than_rabbitmq_waits_for_its_message_runs_once_and_its_work
     assert [(row.status, row.attempt, row.worker_id) for row in (long, after)] == [
         (JobState.COMPLETED, 1, worker.id)
     ] * 2
-    assert worker.log.read_text().count(f"{long.id} attempt 1: completed") == 1
+    text = worker.log.read_text()
+    assert text.count(f"{long.id} attempt 1: completed") == 1
+    # Celery's own way back to all slots asks the broker from job threads, which at times stops the worker for good.
+    assert "reducing the prefetch count" not in text
     assert depths(platform) == {QUEUE: 0, PINNED: 0}
 
 
