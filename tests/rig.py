@@ -48,7 +48,14 @@ class Worker:
         self.log = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                [sys.executable, *"-m celery -A tasks worker --loglevel INFO".split(), "-Q", queues, "-n", f"{log.stem}@%h"],
+                [
+                    sys.executable,
+                    *["-m", "celery", "-A", "tasks", "worker", "--loglevel", "INFO"],
+                    "-Q",
+                    queues,
+                    "-n",
+                    f"{log.stem}@%h",
+                ],
                 cwd=ROOT,
                 env=environ,
                 stdout=out,
