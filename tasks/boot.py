@@ -82,8 +82,10 @@ def _start(sender: Any, **_: Any) -> None:
     }
     sender.concurrency = min(sum(slots.values()), worker.max_concurrent_jobs or sys.maxsize)
     host = socket.gethostname()
+    name = worker.name or f"{region}-{host}-{device.replace(':', '')}"
     card = Card(
-        worker_id=f"{region}-{host}-{device.replace(':', '')}-{uuid.uuid4().hex[:8]}",
+        worker_id=f"{name}-{uuid.uuid4().hex[:8]}",
+        name=name,
         region=region,
         host=host,
         device=device,

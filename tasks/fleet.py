@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import StrEnum
 
 from engines.catalogue import JobType
@@ -10,19 +10,28 @@ from tasks.routing import Load
 
 
 class WorkerState(StrEnum):
-    """What a worker that is alive does about new jobs."""
+    """What a worker does about new jobs."""
 
+    #: Its engines are being loaded.
+    LOADING = "loading"
     #: Takes them.
     READY = "ready"
-    #: Takes none; those it runs may end.
+    #: Takes none, because somebody said so; those it runs may end.
     DRAINING = "draining"
+    #: Takes none outside its working hours.
+    OFF_DUTY = "off_duty"
+    #: Its lease has ended and it did not say why. No card says this: whoever reads them finds it out.
+    LOST = "lost"
 
 
 @dataclass(frozen=True, slots=True)
 class Card:
     """One worker, as it describes itself."""
 
+    #: One per process start.
     worker_id: str
+    #: The same after a restart: what it was named, or its region, host and device.
+    name: str
     region: str
     host: str
     device: str
@@ -33,6 +42,14 @@ class Card:
     #: Unix seconds.
     started_at: float
     state: WorkerState = WorkerState.READY
+    country: str | None = None
+    city: str | None = None
+    gpu_name: str | None = None
+    gpu_memory_gib: float | None = None
+    #: Of our own code.
+    version: str = ""
+    #: Where it serves holders of a token; None without direct mode.
+    direct_url: str | None = None
     #: Jobs that run now, by job type.
     busy: Mapping[JobType, int] = field(default_factory=dict)
 
@@ -42,11 +59,12 @@ class Card:
 
     @classmethod
     def decode(cls, text: str) -> "Card":
-        """The card that encode() wrote."""
-        fields = json.loads(text)
+        """The card that encode() wrote, in this version or a later one."""
+        known = {entry.name for entry in fields(cls)}
+        said = {name: value for name, value in json.loads(text).items() if name in known}
         for name in ("models", "slots", "busy"):
-            fields[name] = {JobType(job_type): value for job_type, value in fields[name].items()}
-        return cls(**{**fields, "state": WorkerState(fields["state"])})
+            said[name] = {JobType(job_type): value for job_type, value in said[name].items()}
+        return cls(**{**said, "state": WorkerState(said["state"])})
 
 
 def load_of(cards: Iterable[Card], job_type: JobType, model: str | None = None, *, service_s: float | None) -> Load:

@@ -71,6 +71,17 @@ def default_region(environ: Mapping[str, str], regions: Mapping[str, Region]) ->
 
 
 @dataclass(frozen=True, slots=True)
+class DirectSettings:
+    """Direct mode: the worker's own HTTP server."""
+
+    enabled: bool = False
+    host: str = "0.0.0.0"  # noqa: S104 - the seed's default; it serves holders of a token only
+    port: int = 8080
+    #: Where clients reach it; None means http:// and this host's address and port.
+    public_url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSettings:
     """What one worker process was told."""
 
@@ -84,6 +95,29 @@ class WorkerSettings:
     max_concurrent_jobs: int | None
     #: Seconds that running jobs may take to end after SIGTERM before they are given back.
     drain_grace_s: float
+    #: What people call it; None means its region, host and device.
+    name: str | None = None
+    region: str | None = None
+    country: str | None = None
+    city: str | None = None
+    #: The types it serves where the command line names no queues; empty means all it has a default model for.
+    supported_types: tuple[JobType, ...] = ()
+    #: Where it asks for broker and store, with which key.
+    server_url: str | None = None
+    api_key: str | None = None
+    server_timeout_s: float = 30.0
+    verify_ssl: bool = True
+    #: Seconds between two showings of the card; the lease is renewed at least every 2 s whatever this is.
+    heartbeat_interval_s: float = 30.0
+    poll_interval_s: float = 2.0
+    direct: DirectSettings = DirectSettings()
+    #: Share of its capacity that it gives, 0 to 1.
+    acceptance_rate: float = 1.0
+    #: Whole hours of its own zone, 0 to 23; both or neither.
+    working_hours_start: int | None = None
+    working_hours_end: int | None = None
+    #: IANA name of its zone; None means the host's.
+    timezone: str | None = None
 
 
 #: The seed's names of the model settings.

@@ -41,7 +41,7 @@ class HandWorker:
 
     def show(self, model: str = "echo") -> None:
         """Be alive for one lease, as a worker of that language model."""
-        card = Card(self.id, REGION, "host", "cpu", {JobType.LLM: model}, {JobType.LLM: 2}, time.time())
+        card = Card(self.id, self.id, REGION, "host", "cpu", {JobType.LLM: model}, {JobType.LLM: 2}, time.time())
         self.ledger.beat(self.id, card.encode(), [])
 
     def begin(self, job_id: str) -> Mapping[str, Any]:

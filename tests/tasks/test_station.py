@@ -40,7 +40,7 @@ def ledger(store_url):
 
 def start(ledger, engine, warnings=None):
     left = []
-    card = Card("w1", "asia-east", "host", "cpu", {JobType.LLM: "m"}, {JobType.LLM: 4}, time.time())
+    card = Card("w1", "w1", "asia-east", "host", "cpu", {JobType.LLM: "m"}, {JobType.LLM: 4}, time.time())
     station = Station(card, {JobType.LLM: engine}, ledger, warnings=warnings, leave=left.append, hang_grace_s=0.2)
     station.open()
     return station, left
