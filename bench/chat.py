@@ -114,8 +114,8 @@ def library(options: argparse.Namespace) -> float:
     import torch
 
     from engines.catalogue import JobType
-    from engines.checkpoint import load
     from engines.loading import detect_device, resolve
+    from engines.text.checkpoint import load
 
     checkpoint = load(resolve(JobType.LLM, MODEL), detect_device())
 

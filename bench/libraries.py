@@ -13,10 +13,12 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoModelForImageTextToText, AutoTokenizer
 
 from bench.samples import Params, encoded
-from engines import checkpoint, processors, speech_network
 from engines.catalogue import DRAWINGS, Guidance, JobType, Model, Pooling
 from engines.contract import Device
 from engines.loading import locate, pick_dtype
+from engines.text import checkpoint
+from engines.vision import processors
+from engines.whisper import speech_network
 
 
 class Library(Protocol):

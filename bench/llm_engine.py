@@ -18,10 +18,10 @@ from transformers.utils.logging import disable_progress_bar
 
 from bench.chat import SUBJECTS
 from engines.catalogue import JobType
-from engines.checkpoint import load
 from engines.contract import Report
-from engines.llm import Engine
+from engines.llm.engine import Engine
 from engines.loading import detect_device, resolve
+from engines.text.checkpoint import load
 
 
 def main() -> None:

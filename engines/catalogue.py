@@ -105,11 +105,11 @@ class UnknownModel(LookupError):
     """No row has that name; the message names the nearest ones."""
 
 
-LLM = "engines.llm:Engine"
-IMAGE_GEN = "engines.image_gen:Engine"
-VISION = "engines.vision:Engine"
-WHISPER = "engines.whisper:Engine"
-EMBEDDING = "engines.embedding:Engine"
+LLM = "engines.llm.engine:Engine"
+IMAGE_GEN = "engines.image_gen.engine:Engine"
+VISION = "engines.vision.engine:Engine"
+WHISPER = "engines.whisper.engine:Engine"
+EMBEDDING = "engines.embedding.engine:Engine"
 ECHO = "engines.echo:Engine"
 
 _REMOTE_CODE = "it needs code of its own repository, which is not run"

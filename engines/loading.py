@@ -24,7 +24,7 @@ def resolve(job_type: JobType, name_or_path: str) -> Model:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         folder = folder.resolve()
-        return Model(folder.name, job_type, f"engines.{job_type}:Engine", folder=str(folder))
+        return Model(folder.name, job_type, f"engines.{job_type}.engine:Engine", folder=str(folder))
     try:
         return catalogue.find(job_type, name_or_path)
     except UnknownModel as error:

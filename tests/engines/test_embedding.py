@@ -15,7 +15,6 @@ import pytest
 import torch
 import transformers
 
-from engines import sentences
 from engines.catalogue import EMBEDDING, JobType, Model, Pooling, Sentence
 from engines.contract import (
     Device,
@@ -27,7 +26,8 @@ from engines.contract import (
     OutOfMemory,
     Progress,
 )
-from engines.embedding import MICRO_BATCH_TOKENS, SHARE_TOKENS, Encoder, Engine, Texts, cut
+from engines.embedding import sentences
+from engines.embedding.engine import MICRO_BATCH_TOKENS, SHARE_TOKENS, Encoder, Engine, Texts, cut
 from engines.grouped import Grouped
 from engines.loading import load, resolve
 from engines.schemas import RESULTS, load_params

@@ -18,7 +18,6 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from engines import pipelines
 from engines.catalogue import DEFAULT_ON_CPU, MODELS, Drawing, Guidance, JobType, Model, find
 from engines.contract import (
     Device,
@@ -30,9 +29,10 @@ from engines.contract import (
     OutOfMemory,
     Progress,
 )
-from engines.image_gen import Engine
+from engines.image_gen import pipelines
+from engines.image_gen.engine import Engine
+from engines.image_gen.pipelines import Place, Sizes, choose_place, component_bytes, put
 from engines.loading import load, resolve
-from engines.pipelines import Place, Sizes, choose_place, component_bytes, put
 from engines.schemas import RESULTS, load_params
 from tests.engines.tiny_image_gen import FAMILIES, LATENTS, SCALE, TILE, build
 

@@ -25,7 +25,7 @@ from engines.contract import (
     Progress,
     Text,
 )
-from engines.llm import SLOTS, Engine
+from engines.llm.engine import SLOTS, Engine
 from engines.loading import resolve
 
 FAMILIES = ["qwen2", "llama", "qwen3", "gemma3", "mistral", "glm", "deepseek_v2"]

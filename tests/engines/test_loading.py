@@ -31,7 +31,7 @@ def test_a_local_folder_is_a_model_of_its_own_name(tmp_path: Path) -> None:
 
     model = resolve(JobType.LLM, str(tmp_path / "my-model"))
 
-    assert (model.id, model.engine) == ("my-model", "engines.llm:Engine")
+    assert (model.id, model.engine) == ("my-model", "engines.llm.engine:Engine")
     assert locate(model) == str(tmp_path / "my-model")
 
 

@@ -18,12 +18,13 @@ import pytest
 import transformers
 from safetensors.numpy import load_file
 
-from engines import ctranslate, packaged
+from engines import packaged
 from engines.catalogue import JobType
 from engines.contract import Device, EngineLoadError
-from engines.llm import Engine
+from engines.llm.engine import Engine
 from engines.loading import resolve
 from engines.packaged import Convert, Package, Wheel, prepare, prepared
+from engines.whisper import ctranslate
 from tests.engines import tiny_whisper
 
 SMOLLM2 = "smollm2-135m-instruct"

@@ -7,8 +7,9 @@ import numpy
 import pytest
 from PIL import Image
 
-from engines import media, picture
+from engines import media
 from engines.contract import InvalidInput
+from engines.vision import picture
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 import torch
 
-from engines.sampling import HEADS, Sampler, choose, penalise
+from engines.text.sampling import HEADS, Sampler, choose, penalise
 
 
 def test_temperature_0_takes_the_most_probable_token_whatever_the_seed() -> None:

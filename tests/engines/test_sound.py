@@ -10,9 +10,9 @@ import pytest
 import soundfile
 from numpy.typing import NDArray
 
-from engines import sound
 from engines.contract import InvalidInput, JobCancelled
 from engines.media import sound_kind
+from engines.whisper import sound
 
 FFMPEG = shutil.which("ffmpeg")
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from engines.thinking import MARKS, Reading, Spoken, read
+from engines.text.thinking import MARKS, Reading, Spoken, read
 
 
 @pytest.mark.parametrize(

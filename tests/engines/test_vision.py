@@ -19,7 +19,6 @@ import transformers
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
-from engines import picture
 from engines.catalogue import JobType
 from engines.contract import (
     Device,
@@ -36,10 +35,11 @@ from engines.contract import (
     Text,
 )
 from engines.loading import load, resolve
-from engines.question import Question
 from engines.schemas import RESULTS, load_params
-from engines.thinking import Spoken
-from engines.viewer import Viewer
+from engines.text.thinking import Spoken
+from engines.vision import picture
+from engines.vision.question import Question
+from engines.vision.viewer import Viewer
 from shapes.world import SCENES, draw
 from tests.engines import tiny_vision
 

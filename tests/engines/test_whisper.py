@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from whisper.decoding import DecodingResult
 from whisper.tokenizer import get_tokenizer
 
-from engines import packaged, speech_network
+from engines import packaged
 from engines.catalogue import JobType
 from engines.contract import (
     Device,
@@ -36,9 +36,10 @@ from engines.grouped import Grouped
 from engines.languages import LANGUAGES
 from engines.loading import load, resolve
 from engines.schemas import RESULTS, load_params
-from engines.sound import RATE, Sound
-from engines.transcript import Transcript, spectrogram
-from engines.whisper import SEED, Clip, Engine, Speech
+from engines.whisper import speech_network
+from engines.whisper.engine import SEED, Clip, Engine, Speech
+from engines.whisper.sound import RATE, Sound
+from engines.whisper.transcript import Transcript, spectrogram
 from tests.engines import tiny_whisper
 
 CPU = Device("cpu", dtype="float32")
@@ -219,7 +220,7 @@ def test_whatever_windows_say_becomes_the_segments_and_prompts_that_transcribe_m
 
 @pytest.mark.parametrize("seconds", [0.0, 0.001, 0.03, 29.999, 61.234])
 def test_the_spectrogram_in_blocks_is_whispers_own(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engines.transcript.BLOCK_FRAMES", 1234)
+    monkeypatch.setattr("engines.whisper.transcript.BLOCK_FRAMES", 1234)
     samples = song(seconds)
     looks: list[int] = []
 

@@ -9,7 +9,7 @@ import torch
 import transformers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from engines import processors
+from engines.vision import processors
 
 MARKS = ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 CORPUS = ["What is in this image? It is a red box.", "Describe this image in detail.", "这张图片里有什么？"]

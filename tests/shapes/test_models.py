@@ -15,7 +15,7 @@ from engines.catalogue import JobType
 from engines.contract import Device, Engine
 from engines.loading import load, resolve
 from engines.schemas import load_params
-from engines.vision import PROMPTS
+from engines.vision.engine import PROMPTS
 from shapes.train_vision import READING
 from shapes.world import NO_TEXT, SCENES, Scene, captions, draw, exchanges, judge
 

@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from engines.catalogue import Model, Pooling, Sentence
-from engines.checkpoint import reason
 from engines.contract import Device, EngineLoadError
 from engines.loading import locate, pick_dtype
 from engines.memory import Need, does_not_fit, free_bytes, need_of
+from engines.text.checkpoint import reason
 
 logger = logging.getLogger(__name__)
 

@@ -17,15 +17,15 @@ from whisper.audio import N_FRAMES, pad_or_trim
 from whisper.decoding import DecodingResult, decode, detect_language
 from whisper.tokenizer import LANGUAGES, Tokenizer, get_tokenizer
 
-from engines import sound, speech_network
 from engines.catalogue import Model
 from engines.contract import Device, InvalidInput, Progress, Report, Text
 from engines.grouped import Grouped, Step
 from engines.loading import pick_dtype
 from engines.request import Request
-from engines.sound import Samples, Sound
 from engines.thread import EngineThread, Way
-from engines.transcript import TEMPERATURES, Transcript, needs_another, spectrogram
+from engines.whisper import sound, speech_network
+from engines.whisper.sound import Samples, Sound
+from engines.whisper.transcript import TEMPERATURES, Transcript, needs_another, spectrogram
 
 logger = logging.getLogger(__name__)
 

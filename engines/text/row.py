@@ -2,11 +2,11 @@
 
 from collections.abc import Collection
 
-from engines.answer import Answer
 from engines.contract import Progress, Report, Text
 from engines.request import Request
-from engines.sampling import Sampler
-from engines.thinking import Spoken
+from engines.text.answer import Answer
+from engines.text.sampling import Sampler
+from engines.text.thinking import Spoken
 
 
 class Row(Request):

@@ -16,10 +16,10 @@ from diffusers.pipelines.auto_pipeline import AUTO_TEXT2IMAGE_PIPELINES_MAPPING
 from safetensors import SafetensorError, safe_open
 
 from engines.catalogue import DRAWINGS, Drawing, Model
-from engines.checkpoint import reason
 from engines.contract import Device, EngineLoadError
 from engines.loading import locate, pick_dtype
 from engines.memory import Need, does_not_fit, free_bytes
+from engines.text.checkpoint import reason
 
 #: What save_pretrained writes.
 PARTS = "model_index.json and a folder for each component, with weights as *.safetensors"

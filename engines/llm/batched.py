@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from engines.contract import EngineError
-from engines.row import Row
-from engines.sampling import choose, penalise
-from engines.slot_network import SlotNetwork
+from engines.llm.slot_network import SlotNetwork
+from engines.text.row import Row
+from engines.text.sampling import choose, penalise
 
 
 class Batched:

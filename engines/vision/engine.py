@@ -18,19 +18,19 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from engines import picture, processors
 from engines.catalogue import Model
-from engines.checkpoint import end_tokens, reason
 from engines.contract import Device, EngineLoadError, InvalidInput, Report
 from engines.grouped import Grouped
+from engines.llm.slot_network import TOLERANCE
 from engines.loading import locate, pick_dtype
 from engines.memory import CACHE_SHARE, LEAST_TOKENS, Need, free_bytes, need_of, placement
-from engines.picture import Picture
-from engines.question import Question
-from engines.slot_network import TOLERANCE
-from engines.thinking import THOUGHT, Spoken
+from engines.text.checkpoint import end_tokens, reason
+from engines.text.thinking import THOUGHT, Spoken
 from engines.thread import EngineThread, Way, is_broken
-from engines.viewer import Viewer
+from engines.vision import picture, processors
+from engines.vision.picture import Picture
+from engines.vision.question import Question
+from engines.vision.viewer import Viewer
 
 logger = logging.getLogger(__name__)
 

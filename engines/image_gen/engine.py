@@ -16,9 +16,9 @@ from PIL import Image
 
 from engines.catalogue import Drawing, Guidance, Model
 from engines.contract import Device, EngineError, EngineLoadError, InvalidInput, Report
-from engines.drawing import Picture, Studio
 from engines.grouped import Grouped
-from engines.pipelines import load
+from engines.image_gen.drawing import Picture, Studio
+from engines.image_gen.pipelines import load
 from engines.thread import EngineThread, Way
 
 logger = logging.getLogger(__name__)

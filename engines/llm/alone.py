@@ -8,8 +8,8 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from engines.contract import EngineError
-from engines.row import Row
-from engines.sampling import choose
+from engines.text.row import Row
+from engines.text.sampling import choose
 
 
 class Alone:

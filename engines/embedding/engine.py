@@ -15,9 +15,9 @@ import torch
 
 from engines.catalogue import Model, Pooling
 from engines.contract import Device, EngineError, InvalidInput, Progress, Report
+from engines.embedding.sentences import Checkpoint, fitting_device, load
 from engines.grouped import Grouped, Limit, Step
 from engines.request import Request
-from engines.sentences import Checkpoint, fitting_device, load
 from engines.thread import EngineThread, Way, empty_cache, is_out_of_memory
 
 logger = logging.getLogger(__name__)

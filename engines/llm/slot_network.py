@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from engines.slot_cache import Plan, SlotCache
+from engines.llm.slot_cache import Plan, SlotCache
 
 #: Largest relative error of the probe's logits, per dtype: rounding stays far below, a wrong mask or place far above.
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}

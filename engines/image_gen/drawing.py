@@ -12,8 +12,8 @@ import torch
 
 from engines.contract import Device, Report
 from engines.grouped import Step
+from engines.image_gen.pipelines import Loaded, Place, tile
 from engines.memory import free_bytes
-from engines.pipelines import Loaded, Place, tile
 from engines.request import Request
 from engines.thread import is_out_of_memory
 

@@ -14,7 +14,7 @@ from whisper.audio import HOP_LENGTH, N_FFT, N_FRAMES, SAMPLE_RATE, mel_filters,
 from whisper.decoding import DecodingResult
 from whisper.tokenizer import Tokenizer
 
-from engines.sound import Samples
+from engines.whisper.sound import Samples
 
 #: Tried one after another until the text is neither repetitive nor improbable.
 TEMPERATURES = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

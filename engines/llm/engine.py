@@ -11,17 +11,17 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from engines.alone import Alone
-from engines.answer import Answer
-from engines.batched import Batched
 from engines.catalogue import Model
-from engines.checkpoint import load
 from engines.contract import Device, InvalidInput, Report
+from engines.llm.alone import Alone
+from engines.llm.batched import Batched
+from engines.llm.slot_cache import BLOCK
+from engines.llm.slot_network import TOLERANCE, SlotNetwork, is_plain, probe
 from engines.memory import CACHE_SHARE, GIB, free_bytes
-from engines.row import Row
-from engines.sampling import Sampler
-from engines.slot_cache import BLOCK
-from engines.slot_network import TOLERANCE, SlotNetwork, is_plain, probe
+from engines.text.answer import Answer
+from engines.text.checkpoint import load
+from engines.text.row import Row
+from engines.text.sampling import Sampler
 from engines.thread import EngineThread, Way
 
 logger = logging.getLogger(__name__)

@@ -5,9 +5,9 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 
 from engines.contract import Progress, Report, Text
-from engines.row import Row
-from engines.sampling import Sampler
-from engines.thinking import Spoken
+from engines.text.row import Row
+from engines.text.sampling import Sampler
+from engines.text.thinking import Spoken
 
 
 class Question(Row):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from engines.answer import Answer
+from engines.text.answer import Answer
 
 THOUGHT = ("<think>", "</think>")
 ANSWER = ("<answer>", "</answer>")

@@ -8,8 +8,8 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from engines.contract import EngineError
 from engines.grouped import Step
-from engines.processors import collate
-from engines.question import Question
+from engines.vision.processors import collate
+from engines.vision.question import Question
 
 #: Most tokens of a pass, padding included, per token that means something.
 MOST_PADDING = 1.5

@@ -1,0 +1,1 @@
+"""Language models: each decode step runs all jobs that are under way."""
