@@ -4,7 +4,10 @@ Celery imports it in workers, in Flower and in every process that publishes; eac
 """
 
 import os
+import ssl
+import sys
 from typing import Any
+from urllib.parse import urlsplit
 
 from dotenv import find_dotenv, load_dotenv
 from kombu import Exchange, Queue
@@ -17,8 +20,12 @@ load_dotenv(find_dotenv(usecwd=True))
 for _scheme in ("redis", "rediss"):
     TRANSPORT_ALIASES[_scheme] = "tasks.redis_transport:Transport"
 
-_regions = settings.load_regions(os.environ)
-_home = _regions[settings.default_region(os.environ, _regions)]
+try:
+    _regions = settings.load_regions(os.environ)
+except settings.SettingsError as error:
+    # One line instead of Celery's traceback, whichever of its commands this is.
+    sys.stderr.write(f"{error}\n")
+    sys.exit(settings.EXIT_CONFIG)
 
 
 def queues_for(broker: str) -> list[Queue]:
@@ -49,8 +56,6 @@ def transport_options_for(broker: str) -> dict[str, Any]:
     """What kombu is told about the broker of that URL; a region's broker need not be of the home region's kind."""
     if routing.is_amqp(broker):
         return {
-            # Without it a publish to a frozen broker succeeds at once, and the message may be lost.
-            "confirm_publish": True,
             "connect_timeout": 2,
             "max_retries": 1,
             "interval_start": 0,
@@ -71,11 +76,40 @@ def transport_options_for(broker: str) -> dict[str, Any]:
     }
 
 
-broker_url = _home.broker
-task_queues = queues_for(broker_url)
-task_default_queue = routing.queue_name(_home.name, JobType.LLM)
-# A message without a priority counts as 0 on the broker's scale, which on Redis is the most urgent.
-task_default_priority = routing.broker_priority(0, broker_url)
+def tls_for(broker: str) -> dict[str, Any] | None:
+    """What kombu is told about the certificate of the broker of that URL: it must be good, and be its host's.
+
+    None without TLS. Left to itself kombu takes any certificate for rediss://, and py-amqp one of any host for
+    amqps://. Options in a rediss:// URL (ssl_cert_reqs, ssl_ca_certs) replace these.
+    """
+    if broker.startswith("rediss:"):
+        return {"ssl_cert_reqs": ssl.CERT_REQUIRED, "ssl_check_hostname": True}
+    if routing.is_amqp(broker) and urlsplit(broker).scheme.endswith("s"):
+        return {"cert_reqs": ssl.CERT_REQUIRED, "server_hostname": urlsplit(broker).hostname}
+    return None
+
+
+def connections_of(region: routing.Region) -> dict[str, Any]:
+    """The options that say which servers a process uses: those of one region."""
+    return {
+        "broker_url": region.broker,
+        "broker_transport_options": transport_options_for(region.broker),
+        "broker_use_ssl": tls_for(region.broker),
+        "result_backend": region.store,
+        # Celery's backend refuses a rediss:// URL that says nothing of certificates; what one says overrides this.
+        "redis_backend_use_ssl": {"ssl_cert_reqs": "required"} if region.store.startswith("rediss:") else None,
+        "task_default_queue": routing.queue_name(region.name, JobType.LLM),
+        # A message without a priority counts as 0 on the broker's scale, which on Redis is the most urgent.
+        "task_default_priority": routing.broker_priority(0, region.broker),
+    }
+
+
+# For Flower and whoever else looks in. A worker gets those of the region it serves from tasks/boot.py, which reads
+# config.yaml and may have asked the platform's API: a region that only that API knows is no mistake here.
+_named = os.environ.get("GPU_REGION") or os.environ.get("DEFAULT_REGION")
+_home = _regions.get(_named or "", next(iter(_regions.values())))
+globals().update(connections_of(_home))
+task_queues = queues_for(_home.broker)
 
 imports = ("tasks.infer", "tasks.boot")
 # With prefork nothing batches, and a child that loads for longer than four seconds is killed in a loop (celery#1715).
@@ -96,7 +130,6 @@ result_accept_content = ["json"]
 # For Flower. Arguments are an id and a number; nothing of a job's content is in any event.
 worker_send_task_events = True
 
-result_backend = _home.store
 # Without it every thread opens a connection pool and a subscription of its own (celery#6819).
 result_backend_thread_safe = True
 result_expires = 3600
@@ -118,4 +151,3 @@ broker_pool_limit = 16
 # The row is the outbox: a publish that fails is sent again by the reconciler.
 task_publish_retry = False
 broker_heartbeat = 30
-broker_transport_options = transport_options_for(broker_url)

@@ -6,10 +6,11 @@ from typing import Any
 from flask import Flask
 from flask.json.provider import DefaultJSONProvider
 
-from app import commands, docs, errors, headers, health, jobs, models
+from app import bootstrap, commands, direct, docs, errors, headers, health, jobs, models, workers
 from app.auth import Guard
 from app.dispatch import open_dispatch
 from app.keys import Keys
+from app.origin import Origins
 from app.settings import Settings
 from app.tables import open_database
 
@@ -36,6 +37,7 @@ def create_app(settings: Settings | None = None) -> Flask:
         "database": engine,
         "keys": keys,
         "dispatch": open_dispatch(engine, settings.regions, settings.default_region, settings.blobs_url),
+        "origins": Origins(settings),
         "sync_turns": threading.BoundedSemaphore(settings.sync_waiters),
         "api": docs.open_api(app),
     }
@@ -44,7 +46,14 @@ def create_app(settings: Settings | None = None) -> Flask:
     errors.register(app)
     headers.register(app)
     app.before_request(Guard(keys, allow_anonymous=settings.allow_anonymous).admit)
-    for blueprint in (jobs.blueprint, models.blueprint, health.blueprint):
+    for blueprint in (
+        jobs.blueprint,
+        models.blueprint,
+        health.blueprint,
+        bootstrap.blueprint,
+        direct.blueprint,
+        workers.blueprint,
+    ):
         extensions["api"].register_blueprint(blueprint)
     app.register_blueprint(docs.blueprint)
     app.cli.add_command(commands.keys)

@@ -18,6 +18,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import requests
 
@@ -37,6 +38,9 @@ BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.Chunke
 _POLL_FIRST_S = 0.1
 _POLL_MOST_S = 2.0
 _JOB_OPTIONS = ("model", "priority", "region", "allow_cross_region", "timeout_seconds", "queue_timeout_seconds")
+
+#: Ends of a direct job that say nothing of the job itself.
+_WORKER_GONE = ("worker_lost", "worker_stopped")
 
 Job = dict[str, Any]
 
@@ -82,6 +86,8 @@ class GPUInferenceClient:
         self.session = requests.Session()
         if api_key:
             self.session.headers["X-API-Key"] = api_key
+        #: To direct workers; the key is for the API alone.
+        self._workers = requests.Session()
 
     def chat(self, messages: Sequence[Mapping[str, str]], **kwargs: Any) -> Job:
         """The completed job of one chat; its text is job["result"]["response"].
@@ -139,6 +145,57 @@ class GPUInferenceClient:
         path = "/api/v1/jobs/sync"
         return _job(self._send("POST", path, json=body, params=query, headers=_key(), answer_s=timeout + ANSWER_S))
 
+    def direct(self, job_type: str, params: Mapping[str, Any], **kwargs: Any) -> Job:
+        """The completed job, brought to the nearest worker itself; as run() does it where no worker takes it so.
+
+        kwargs: as for run; what a job may wait is also how long it may run. Raises JobNotCompleted.
+        """
+        given = dict(kwargs)
+        timeout = given.pop("timeout", 60)
+        given.pop("wait_for_worker", None)
+        options = {name: given.pop(name) for name in _JOB_OPTIONS if name in given}
+        options["timeout_seconds"] = min(options.get("timeout_seconds", timeout), timeout)
+        body = {"type": job_type, "params": {**params, **given}, **options}
+        where = {name: options[name] for name in ("model", "region") if options.get(name) is not None}
+        where["allow_cross_region"] = "true" if options.get("allow_cross_region", True) else "false"
+        job = self._bring({"job_type": job_type, **where}, body, answer_s=timeout + ANSWER_S)
+        return self.run(job_type, params, **kwargs) if job is None else job
+
+    def _bring(self, where: Mapping[str, str], body: Mapping[str, Any], *, answer_s: float) -> Job | None:
+        """The completed job of a direct worker; None if there is none, or it does not take the job."""
+        address = None
+        for _ in range(2):
+            asked = {**where, **({"client_address": address} if address else {})}
+            found = self._send("GET", "/api/v1/jobs/direct/nearest", params=asked)
+            if found.status_code == 404:
+                return None
+            offer = _job(found)
+            try:
+                response = self._workers.post(
+                    f"{offer['direct_url']}/api/v1/jobs/sync",
+                    json=body,
+                    headers={"Authorization": f"Bearer {offer['token']}"},
+                    timeout=(CONNECT_S, answer_s),
+                )
+            except requests.ReadTimeout:
+                # It may be at work; hanging up has cancelled it.
+                raise
+            except BROKEN:
+                return None
+            if response.ok:
+                return _job(response)
+            error = ApiError(response)
+            if error.job is not None and (error.job.get("error") or {}).get("code") not in _WORKER_GONE:
+                raise JobNotCompleted(response, error.job)
+            if response.status_code in (400, 413, 415, 422):
+                # The queue would refuse it too.
+                raise error
+            # On its way to the worker the client has another address than on its way here.
+            address = error.body.get("client_address")
+            if address is None:
+                return None
+        return None
+
     def submit(self, job_type: str, params: Mapping[str, Any], **options: Any) -> Job:
         """Send a job and return at once; follow it by job["job_id"].
 
@@ -146,6 +203,11 @@ class GPUInferenceClient:
         """
         body = {"type": job_type, "params": dict(params), **options}
         return _job(self._send("POST", "/api/v1/jobs", json=body, headers=_key()))
+
+    def dry_run(self, job_type: str, params: Mapping[str, Any], **options: Any) -> dict[str, Any]:
+        """Where such a job would go now, why, and how long it would wait; nothing is sent. options: as for submit."""
+        body = {"type": job_type, "params": dict(params), **options}
+        return _job(self._send("POST", "/api/v1/jobs", json=body, params={"dry_run": "true"}))
 
     def get(self, job_id: str) -> Job:
         """The job as it is now."""
@@ -192,6 +254,18 @@ class GPUInferenceClient:
     def stats(self, region: str | None = None) -> dict[str, Any]:
         """What waits and who works, in one region or in all."""
         return _job(self._send("GET", "/api/v1/jobs/stats/queue", params={"region": region} if region else None))
+
+    def workers(self, **filters: Any) -> dict[str, Any]:
+        """Workers in numbers; with an admin key each of them, in `items`. filters: region, type, state."""
+        return _job(self._send("GET", "/api/v1/workers", params=filters))
+
+    def drain(self, worker: str) -> dict[str, Any]:
+        """Order a worker, by worker_id or name, to take no new jobs until it may resume; also after a restart."""
+        return _job(self._send("POST", f"/api/v1/workers/{quote(worker, safe='')}/drain"))
+
+    def resume(self, worker: str) -> dict[str, Any]:
+        """Let a drained worker take jobs again."""
+        return _job(self._send("POST", f"/api/v1/workers/{quote(worker, safe='')}/resume"))
 
     def _send(self, method: str, path: str, *, answer_s: float = ANSWER_S, **request: Any) -> requests.Response:
         """The answer, sent again while the server is away or asks to come back later."""

@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping
 from dotenv import find_dotenv, load_dotenv
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.dispatch import Dispatch, open_dispatch
+from app.dispatch import DIRECT_LOST, Dispatch, open_dispatch
 from app.links import Down, Link, Mailbox
+from app.reroute import Reroute
 from app.rows import JobRow
 from app.settings import Settings
 from app.tables import open_database
@@ -44,6 +45,7 @@ class Reconciler:
     def __init__(self, dispatch: Dispatch) -> None:
         self._dispatch = dispatch
         self._rows = dispatch.rows
+        self._reroute = Reroute(dispatch)
         self._compared_at = float("-inf")
         #: Messages that each queue seemed to lack at the last comparison.
         self._lacking: dict[str, int] = {}
@@ -59,6 +61,7 @@ class Reconciler:
             except Down as down:
                 logger.debug("%s", down)
         self.expire()
+        self._reroute.look()
         self.send_due()
         if time.monotonic() - self._compared_at >= COMPARE_EVERY_S:
             self._compared_at = time.monotonic()
@@ -72,12 +75,18 @@ class Reconciler:
                 if not job_ids:
                     return
                 rows = self._rows.get_all(job_ids)
-                records = mailbox.ledger.look_all([job_id for job_id, row in rows.items() if not row.ended])
+                open_ids = [job_id for job_id in job_ids if job_id not in rows or not rows[job_id].ended]
+                records = mailbox.ledger.look_all(open_ids)
             for job_id, record in records.items():
-                row = self._dispatch.fold(rows[job_id], record)
+                known = rows.get(job_id) or self._dispatch.adopt(job_id, record)
+                if known is None:
+                    continue
+                row = self._dispatch.fold(known, record)
                 rows[job_id] = row
-                if record.state == "queued" and not row.ended:
-                    self._rows.send_again(job_id)
+                if record.state == "queued" and not row.ended and record.attempt == row.attempt:
+                    given_back = row.status is JobState.RUNNING and self._rows.given_back(row)
+                    if not given_back:
+                        self._rows.send_again(job_id)
             with mailbox.breaker:
                 ended = [job_id for job_id in job_ids if job_id not in rows or rows[job_id].ended]
                 mailbox.ledger.forget(ended)
@@ -96,8 +105,15 @@ class Reconciler:
         for worker_id, job_id in orphans:
             row, record = rows.get(job_id), records.get(job_id)
             held = record is not None and record.state == "running" and record.worker_id == worker_id
-            if row is not None and not row.ended and held and record is not None:
-                self._lose(row, record.attempt, worker_id)
+            if held and record is not None and record.direct is not None:
+                if row is None:
+                    # The news of it is still to be read, and makes its row.
+                    continue
+                self._dispatch.end(row, JobState.FAILED, DIRECT_LOST)
+                with mailbox.breaker:
+                    mailbox.ledger.forget([job_id])
+            elif row is not None and not row.ended and held and record is not None and record.attempt == row.attempt:
+                self._lose(row, worker_id)
             with mailbox.breaker:
                 mailbox.ledger.bury(worker_id, job_id)
 
@@ -110,7 +126,7 @@ class Reconciler:
             for row in rows:
                 if row.status is JobState.RUNNING:
                     # Whoever runs it may not know yet; the new attempt fences it.
-                    self._rows.next_attempt(row.id, attempt=row.attempt)
+                    self._rows.next_attempt(row.id, attempt=row.attempt, lost=False)
                 else:
                     self._rows.send_again(row.id)
             if rows:
@@ -185,12 +201,12 @@ class Reconciler:
             held = link.broker.publisher.depths([*names, *pinned.values()])
         return {name: queues[name].depth - held[name] - held[pinned[name]] for name in names}
 
-    def _lose(self, row: JobRow, attempt: int, worker_id: str) -> None:
-        if attempt >= MAX_ATTEMPTS:
-            message = f"It was tried {attempt} times, and each time its worker was lost."
+    def _lose(self, row: JobRow, worker_id: str) -> None:
+        if row.losses + 1 >= MAX_ATTEMPTS:
+            message = f"It was tried {MAX_ATTEMPTS} times, and each time its worker was lost."
             self._dispatch.end(row, JobState.FAILED, JobError("worker_lost", message))
-        elif self._rows.next_attempt(row.id, attempt=attempt):
-            logger.warning("worker %s is lost; job %s goes into attempt %d", worker_id, row.id, attempt + 1)
+        elif self._rows.next_attempt(row.id, attempt=row.attempt):
+            logger.warning("worker %s is lost; job %s goes into attempt %d", worker_id, row.id, row.attempt + 1)
 
 
 def run(dispatch: Dispatch, stopped: threading.Event, *, holder: str | None = None) -> None:
@@ -206,6 +222,8 @@ def run(dispatch: Dispatch, stopped: threading.Event, *, holder: str | None = No
                 lead_until = time.monotonic() + LEAD_S
                 if leading and not led:
                     logger.info("control %s leads", me[:8])
+                    # What it knew is of the time when it led before.
+                    reconciler = Reconciler(dispatch)
             if leading:
                 reconciler.tick()
         except SQLAlchemyError as error:

@@ -9,27 +9,30 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from app import waiting
 from app.blobs import Blobs
 from app.links import Down, Link, open_links
 from app.rows import IdempotencyConflict, JobRow, Rows, fingerprint_of
+from app.waiting import Place, Statistics
 from engines import catalogue
 from engines.catalogue import JobType, UnknownModel
 from engines.contract import Progress
-from tasks import routing
+from tasks import fleet, routing
 from tasks.fleet import Card
 from tasks.job import Envelope, Job, JobError, JobState
-from tasks.ledger import Record, StoreError
-from tasks.routing import Load, Region
+from tasks.ledger import Record, Standing, StoreError
+from tasks.routing import Decision, Offer, Region
 
 __all__ = [
     "Dispatch",
+    "Forecast",
     "IdempotencyConflict",
     "Place",
     "Request",
@@ -41,6 +44,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+#: Its client's connection broke with the worker, and no one else has the job's params.
+DIRECT_LOST = JobError("worker_lost", "Its client brought it to a worker, and that worker was lost.")
 #: Sent jobs are marked in their rows this often, many in one write.
 MARK_EVERY_S = 0.05
 _POLL_S = 0.5
@@ -70,6 +75,8 @@ class Request:
     allow_cross_region: bool
     timeout_seconds: float
     queue_timeout_seconds: float | None
+    #: Where its client is, for one that names no region; None for the default region.
+    client_region: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,29 +85,21 @@ class Submitted:
 
     row: JobRow
     replayed: bool
-    #: Its place in the queue as it was entered, 1 is next; None where that is not known.
-    position: int | None = None
+    #: Where it stood as it was entered; None where that is not known.
+    standing: Standing | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """Where a queued job stands; all None for one that no longer waits."""
+class Forecast:
+    """What would become of a job if it were sent now."""
 
-    position: int | None = None
-    estimated_wait_s: float | None = None
-    #: A sentence on why it still waits.
-    reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """Queues and workers now."""
-
-    total_queued: int
+    decision: Decision
+    #: The place it would have in the queue, 1 is next; None where that is not known.
+    position: int | None
+    #: Live workers that would take it there.
     available_workers: int
-    #: Seconds that a new job of the slowest served type would wait; None where that is not known.
-    estimated_wait_s: float | None
-    by_type: Mapping[JobType, int]
+    #: The model that would run it; None where that depends on the worker.
+    model: str | None
 
 
 class Dispatch:
@@ -110,6 +109,7 @@ class Dispatch:
         self.rows = rows
         self._blobs = blobs
         self.links = links
+        self._regions = {name: link.region for name, link in links.items()}
         self._default_region = default_region
         self._marks = SentMarks(rows)
 
@@ -121,7 +121,7 @@ class Dispatch:
         must_send: raise Unavailable, and leave nothing behind, if its region does not take it at once.
         Raises IdempotencyConflict.
         """
-        region = self._region_for(request)
+        region = self.decide(request).region
         text = json.dumps(request.params, separators=(",", ":"))
         try:
             params = self._blobs.keep(text)
@@ -136,14 +136,15 @@ class Dispatch:
         if not new:
             self._blobs.drop(params)
             return Submitted(row, replayed=True)
-        position = None
+        self.links[region].expect(request.type, request.model, request.priority)
+        standing = None
         try:
-            position = self.send(row, text)
+            standing = self.send(row, text)
         except Down as down:
             if must_send and self.rows.withdraw(row.id):
                 raise Unavailable("region_unavailable", f"{down} Nothing was submitted.") from down
             logger.warning("job %s is held until its region answers: %s", row.id, down)
-        return Submitted(row, replayed=False, position=position)
+        return Submitted(row, replayed=False, standing=standing)
 
     def _insert(
         self, owner: str, request: Request, region: str, params: str, idempotency_key: str | None, *, told_at_once: bool
@@ -156,7 +157,7 @@ class Dispatch:
             requested_model=request.requested_model,
             params=params,
             priority=request.priority,
-            region_wanted=request.region,
+            region_wanted=self._home(request),
             region=region,
             allow_cross_region=request.allow_cross_region,
             timeout_seconds=request.timeout_seconds,
@@ -166,12 +167,12 @@ class Dispatch:
             told_at_once=told_at_once,
         )
 
-    def send(self, row: JobRow, params: str | None = None) -> int | None:
-        """Enter the row's attempt in its region's store and publish its message; the place it got. Raises Down.
+    def send(self, row: JobRow, params: str | None = None) -> Standing | None:
+        """Enter the row's attempt in its region's store and publish its message; where it stands. Raises Down.
 
         params: as JSON text, if they are at hand. A job whose params are gone ends here.
         """
-        link = self.links[row.region]
+        link = self._link(row)
         job = Job(row.id, row.type, row.attempt)
         try:
             params = params or self._blobs.read(row.params)
@@ -188,13 +189,14 @@ class Dispatch:
                 priority=row.priority,
                 params=params,
                 timeout_s=row.timeout_seconds,
+                beside=link.beside(row.type, row.model),
             )
         if entered.state == "queued":
             queue_name = routing.queue_name(row.region, row.type, row.model, pinned=not row.allow_cross_region)
             with link.broker.breaker:
                 link.broker.publisher.publish(job, queue=queue_name, priority=row.priority)
         self._marks.add(row, entered.epoch)
-        return entered.position
+        return entered.standing
 
     def look(self, job_id: str, owner: str | None = None) -> JobRow | None:
         """The job with all that the ledger knows of it; None if there is none, or it is another owner's."""
@@ -211,36 +213,67 @@ class Dispatch:
             return row
         return self.fold(row, record)
 
+    def adopt(self, job_id: str, record: Record) -> JobRow | None:
+        """The row of a job that its client brought to the worker; None for a record of which nothing is known."""
+        if record.direct is None:
+            return None
+        row = self.rows.adopt(job_id, record.direct, worker_id=record.worker_id, started_at=record.started_at)
+        return row or self.rows.get(job_id)
+
     def fold(self, row: JobRow, record: Record | None) -> JobRow:
-        """Copy what the ledger's record says into the row; the row as it is then, whoever wrote it."""
+        """Copy what the ledger's record says into the row; the row as it is then, whoever wrote it.
+
+        The record may be of a region that the job has left: an outcome counts all the same, and nothing else does.
+        """
         if record is None or row.ended:
             return row
         changed: JobRow | None = None
         if record.outcome is not None:
-            kept = self._keep(record.outcome)
-            changed = self.rows.end_with(record.outcome, started_at=record.started_at, kept=kept)
-            if changed is None:
-                self._blobs.drop(kept or "")
-                logger.info("job %s: an outcome came too late and is dropped", row.id)
-        elif record.state == "running" and (row.status is JobState.QUEUED or row.worker_id != record.worker_id):
+            return self._end_with(row, record.outcome, record.started_at)
+        if record.attempt != row.attempt:
+            return row
+        if record.state == "running" and (row.status is JobState.QUEUED or row.worker_id != record.worker_id):
             changed = self.rows.begun(
                 row.id, attempt=record.attempt, worker_id=record.worker_id, started_at=record.started_at
             )
         elif record.state == "poison":
             error = JobError("worker_lost", "It was begun three times, and each time its worker was lost.")
             changed = self.rows.end(row.id, JobState.FAILED, error=error)
+        elif record.state == "abandoned":
+            changed = self.rows.end(row.id, JobState.FAILED, error=DIRECT_LOST)
         else:
             return row
         return changed or self.rows.get(row.id) or row
 
+    def _end_with(self, row: JobRow, outcome: Envelope, started_at: float | None) -> JobRow:
+        kept = self._keep(outcome)
+        changed = self.rows.end_with(outcome, started_at=started_at, kept=kept)
+        if changed is None:
+            self._blobs.drop(kept or "")
+            last = self.rows.get(row.id) or row
+            if (last.status, last.worker_id) != (outcome.outcome, outcome.worker_id):
+                logger.info("job %s: an outcome came too late and is dropped", row.id)
+            return last
+        here, there = self.links.get(row.region), self.links.get(outcome.region)
+        if here is not None and there is not None and here.mailbox is not there.mailbox:
+            # It had moved, and the region that it left was faster: nobody needs to run it any more.
+            try:
+                with here.mailbox.breaker:
+                    here.mailbox.ledger.cancel(row.id)
+            except Down as down:
+                logger.warning("job %s has ended in %s and may run in vain: %s", row.id, outcome.region, down)
+        return changed
+
     def wait(self, row: JobRow, timeout_s: float) -> JobRow:
-        """Block until the job has ended, for at most timeout_s; the row as it is then."""
-        link = self.links[row.region]
+        """Block until the job has ended, wherever it moves meanwhile, for at most timeout_s; the row as it is then."""
         end = time.monotonic() + timeout_s
         while not row.ended and (left := end - time.monotonic()) > 0:
             try:
-                record = link.mailbox.ledger.wait(row.id, left)
-            except StoreError:
+                mailbox = self._link(row).mailbox
+                if mailbox.breaker.tripped:
+                    raise Down(f"The {mailbox.breaker.name} does not answer.")
+                record = mailbox.ledger.wait(row.id, left)
+            except (StoreError, Down):
                 record = None
                 # The row is still there to be read.
                 time.sleep(min(left, _POLL_S))
@@ -259,8 +292,8 @@ class Dispatch:
         """How far a running job has come, as its worker last said; None where that is not known."""
         if row.status is not JobState.RUNNING:
             return None
-        link = self.links[row.region]
         try:
+            link = self._link(row)
             with link.mailbox.breaker:
                 return link.mailbox.ledger.progress(row.id)
         except Down:
@@ -317,59 +350,60 @@ class Dispatch:
 
     def tell(self, row: JobRow) -> None:
         """Make the ledger drop a job that ended without a worker's report. Raises Down."""
-        link = self.links[row.region]
-        with link.mailbox.breaker:
-            link.mailbox.ledger.cancel(row.id)
+        link = self.links.get(row.region)
+        if link is not None:
+            with link.mailbox.breaker:
+                link.mailbox.ledger.cancel(row.id)
         if row.withdrawn:
             self.rows.remove(row.id)
             self._blobs.drop(row.params)
         else:
             self.rows.told(row.id)
 
-    def place(self, row: JobRow, position: int | None = None) -> Place:
-        """A queued job's position, estimated wait, and why it waits; position: if it is known already."""
-        if row.status is not JobState.QUEUED:
-            return Place()
-        link = self.links[row.region]
-        try:
-            load = link.load(row.type, row.model)
-            if position is None:
-                with link.mailbox.breaker:
-                    position = link.mailbox.ledger.position(row.id, routing.queue_name(row.region, row.type, row.model))
-        except Down:
-            return Place(reason=f"Region {row.region} cannot be reached; the job is sent when it is back.")
-        wait_s = None if position is None else routing.estimated_wait_s(position - 1, load)
-        return Place(position, wait_s, _reason(row, load, position))
+    def place(self, row: JobRow, standing: Standing | None = None) -> Place:
+        """A queued job's position, estimated wait, and why it waits; standing: if it is known already."""
+        return waiting.place(row, self.links, standing)
 
     def statistics(self, region: str | None) -> Statistics:
-        """Queues and workers of one region or of all; a region that cannot be reached counts nothing.
+        """Queues and workers of one region or of all; of one that cannot be reached, what the rows say.
 
         Raises Unavailable if none can be reached.
         """
-        links = [self.links[region]] if region else list(self.links.values())
-        by_type = dict.fromkeys(JobType, 0)
-        waits: list[float] = []
-        workers = reached = 0
-        for link in links:
-            try:
-                workers += len(link.cards())
-                for job_type, depth in link.depths().items():
-                    by_type[job_type] += depth
-                    wait_s = routing.estimated_wait_s(depth, link.load(job_type))
-                    waits += [] if wait_s is None else [wait_s]
-                reached += 1
-            except Down as down:
-                last = down
-        if not reached:
-            raise Unavailable("region_unavailable", str(last))
-        return Statistics(sum(by_type.values()), workers, max(waits, default=None), by_type)
+        try:
+            return waiting.statistics({region: self.links[region]} if region else self.links, self.rows)
+        except Down as down:
+            raise Unavailable("region_unavailable", str(down)) from down
 
     def has_worker(self, request: Request) -> bool:
         """Whether a live worker may take such a job now."""
-        wanted = request.region or self._default_region
-        loads = self._loads(request.type, request.model)
-        names = loads if request.allow_cross_region else [wanted]
-        return any(loads[name].slots > 0 for name in names if name in loads)
+        home = self._home(request)
+        others = [name for name in self.links if name != home] if request.allow_cross_region else []
+        # One after the other: the first that can is enough.
+        found = (offer for name in (home, *others) for offer in self._offers(request, [name]).values())
+        return any(offer.load.slots > 0 for offer in found)
+
+    def decide(self, request: Request) -> Decision:
+        """Where such a job goes now, and why."""
+        home = self._home(request)
+        offers = self._offers(request, [home])
+        # The others are asked only where one of them might be better: one that is down must not hold up the rest.
+        if request.allow_cross_region and not (home in offers and routing.serves_at_once(offers[home])):
+            offers |= self._offers(request, [name for name in self.links if name != home])
+        what = request.type if request.model is None else f"{request.type} with {request.model}"
+        return routing.choose_region(home, self._regions, offers, cross_region=request.allow_cross_region, what=what)
+
+    def forecast(self, request: Request) -> Forecast:
+        """What would become of such a job if it were sent now; nothing is kept of it."""
+        decision = self.decide(request)
+        link = self.links[decision.region]
+        try:
+            offer = link.offer(request.type, request.model, request.priority)
+            takers = fleet.able(link.cards(), request.type, request.model)
+        except Down:
+            return Forecast(decision, None, 0, request.model)
+        models = {card.models.get(request.type) for card in takers}
+        model = request.model or (models.pop() if len(models) == 1 else None)
+        return Forecast(decision, offer.ahead + 1, len(takers), model)
 
     def check(self) -> dict[str, str | None]:
         """What is wrong with each region's broker and store; None where both answer."""
@@ -395,6 +429,12 @@ class Dispatch:
         for publisher in {link.broker.publisher for link in self.links.values()}:
             publisher.close()
 
+    def _link(self, row: JobRow) -> Link:
+        """The way to the row's region. Raises Down for one that is no longer among the settings."""
+        if row.region not in self.links:
+            raise Down(f"Region {row.region} is not configured.")
+        return self.links[row.region]
+
     def _keep(self, outcome: Envelope) -> str | None:
         if outcome.result is None:
             return None
@@ -412,21 +452,19 @@ class Dispatch:
         except Down as down:
             logger.warning("job %s is %s; its worker hears of it later: %s", row.id, row.status, down)
 
-    def _region_for(self, request: Request) -> str:
-        wanted = request.region or self._default_region
-        if not request.allow_cross_region:
-            return wanted
-        regions = {name: link.region for name, link in self.links.items()}
-        return routing.choose_region(wanted, regions, self._loads(request.type, request.model), cross_region=True)
+    def _home(self, request: Request) -> str:
+        """The region that the client asked for or comes from."""
+        return request.region or request.client_region or self._default_region
 
-    def _loads(self, job_type: JobType, model: str | None) -> dict[str, Load]:
-        loads = {}
-        for name, link in self.links.items():
+    def _offers(self, request: Request, names: Iterable[str]) -> dict[str, Offer]:
+        """What those of the regions that can be reached can do for such a job."""
+        offers = {}
+        for name in names:
             try:
-                loads[name] = link.load(job_type, model)
+                offers[name] = self.links[name].offer(request.type, request.model, request.priority)
             except Down:
                 continue
-        return loads
+        return offers
 
 
 class SentMarks:
@@ -486,17 +524,6 @@ def open_dispatch(engine: Engine, regions: Mapping[str, Region], default_region:
 
 
 def _fingerprint(request: Request) -> str:
-    """Of what is to be done; how long a client waits for it may differ when it asks again."""
-    return fingerprint_of({key: value for key, value in asdict(request).items() if key != "queue_timeout_seconds"})
-
-
-def _reason(row: JobRow, load: Load, position: int | None) -> str:
-    if load.slots == 0:
-        stays = "" if row.allow_cross_region else ", and it may not leave the region"
-        what = row.type if row.model is None else f"{row.type} with {row.model}"
-        return f"No live worker serves {what} in {row.region}{stays}."
-    if position is None:
-        return "It is on its way to a worker."
-    if load.free == 0:
-        return f"All {load.slots} slots for {row.type} in {row.region} are busy; {position - 1} jobs are before it."
-    return f"A worker with a free slot takes it next; {position - 1} jobs are before it."
+    """Of what is to be done; how long a client waits for it, and from where it asks, may differ when it asks again."""
+    may_differ = ("queue_timeout_seconds", "client_region")
+    return fingerprint_of({key: value for key, value in asdict(request).items() if key not in may_differ})

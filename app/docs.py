@@ -8,8 +8,9 @@ from swagger_ui_bundle import swagger_ui_path
 
 from app.auth import public
 from app.errors import MEDIA_TYPE
-from app.schemas import Params, ProblemView
+from app.schemas import ProblemView
 from engines.schemas import PARAMS, RESULTS
+from tasks.reading import Params
 
 # Not flask-smorest's: these pages are no part of the API they describe.
 blueprint = Blueprint("docs", __name__)

@@ -6,6 +6,7 @@
     ├── KeyRefused              401 key_refused
     ├── ScopeMissing            403 scope_missing
     ├── JobNotFound             404 job_not_found
+    ├── WorkerNotFound          404 worker_not_found
     ├── JobEnded                409 job_ended
     ├── NotJson                 415 not_json
     ├── Invalid                 422 validation_failed
@@ -30,6 +31,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from app.dispatch import Unavailable
 from app.rows import IdempotencyConflict
+from tasks import reading
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +103,16 @@ class JobNotFound(Problem):
         super().__init__(f"There is no job {job_id[:64]!r} among yours.")
 
 
+class WorkerNotFound(Problem):
+    """No worker of that id or name is there, or was lost within a day."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "worker_not_found"
+
+    def __init__(self, worker: str) -> None:
+        super().__init__(f"There is no worker {worker[:64]!r}; GET /api/v1/workers names those there are.")
+
+
 class JobEnded(Problem):
     """The job had its outcome already."""
 
@@ -126,9 +138,7 @@ class Invalid(Problem):
 
     def __init__(self, errors: Mapping[str, Sequence[str]], *, left_out: int = 0) -> None:
         """left_out: how many further fields are wrong."""
-        field, messages = next(iter(errors.items()))
-        more = len(errors) - 1 + left_out
-        super().__init__(f"{field}: {messages[0]}" + (f" ({more} more)" if more else ""), errors=errors)
+        super().__init__(reading.summary(errors, left_out), errors=errors)
 
 
 class KeyReused(Problem):

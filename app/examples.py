@@ -1,4 +1,4 @@
-"""One job of each type, for the documentation: the seed's examples, with real files of a pixel and a few samples."""
+"""Examples for the documentation: one job of each type, the seed's, with real files of a pixel and a few samples."""
 
 from typing import Any
 
@@ -64,6 +64,35 @@ JOBS: dict[str, Any] = {
             "type": "embedding",
             "params": {"input": ["什么是向量检索？"], "input_type": "query"},
             "model": "BAAI/bge-m3",
+        },
+    },
+}
+
+DRY_RUNS: dict[str, Any] = {
+    "at home": {
+        "summary": "A client in China, with a free slot near by",
+        "value": {
+            "region": "asia-east",
+            "reason": "asia-east has a free slot for llm.",
+            "client_region": "asia-east",
+            "origin": "country",
+            "estimated_wait_seconds": 0,
+            "queue_position": 1,
+            "available_workers": 3,
+            "model": "Qwen/Qwen2.5-7B-Instruct",
+        },
+    },
+    "elsewhere": {
+        "summary": "The region that the job names has no worker",
+        "value": {
+            "region": "asia-east",
+            "reason": "No live worker serves llm in asia-south. asia-east, 3805 km away, is the nearest that can.",
+            "client_region": "asia-south",
+            "origin": "request",
+            "estimated_wait_seconds": 12,
+            "queue_position": 9,
+            "available_workers": 3,
+            "model": "Qwen/Qwen2.5-7B-Instruct",
         },
     },
 }

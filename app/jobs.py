@@ -10,12 +10,16 @@ from flask import current_app, jsonify, url_for
 from app import examples
 from app.auth import caller, requires
 from app.dispatch import Dispatch, Place, Request, Statistics
-from app.errors import Busy, JobEnded, JobNotFound
+from app.errors import Busy, Invalid, JobEnded, JobNotFound
 from app.keys import Scope
+from app.origin import HEADER, Origin, UnknownRegion, find_here
 from app.parsing import Blueprint
 from app.rows import JobRow
 from app.schemas import (
+    CreateQuery,
     Cursor,
+    DryRun,
+    DryRunView,
     IdempotencyHeaders,
     JobCancelled,
     JobCreate,
@@ -39,26 +43,34 @@ TOO_MANY_RETRY_S = 1
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
 
+_DRY_RUN = DryRunView()
 _UNFINISHED = JobUnfinished()
 
 
 @blueprint.post("")
 @requires(Scope.INFER)
+@blueprint.arguments(CreateQuery(), location="query")
 @blueprint.arguments(IdempotencyHeaders(), location="headers")
 @blueprint.arguments(JobCreate(), examples=examples.JOBS)
 @blueprint.response(202, JobCreated, headers={"Location": {"schema": {"type": "string"}}})
-def create(headers: dict[str, Any], wanted: Request) -> Any:
+@blueprint.alt_response(
+    200, schema=DryRunView, examples=examples.DRY_RUNS, description="With dry_run: where it would go, and why."
+)
+def create(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> Any:
     """Send a job and return at once.
 
-    Poll the job at Location. Safe to repeat with an Idempotency-Key.
+    Poll the job at Location. Safe to repeat with an Idempotency-Key. With dry_run=true nothing is sent or kept.
     """
     dispatch = _dispatch()
+    wanted, origin = _located(wanted)
+    if query["dry_run"]:
+        return jsonify(_DRY_RUN.dump(DryRun(origin, dispatch.forecast(wanted))))
     submitted = dispatch.submit(caller().owner, wanted, idempotency_key=headers["idempotency_key"])
     row = submitted.row
     extra = {"Location": url_for("jobs.show", job_id=row.id), "X-Job-Id": row.id}
     if submitted.replayed:
         extra["Idempotent-Replayed"] = "true"
-    return Shown(row, dispatch.place(row, submitted.position)), 202, extra
+    return Shown(row, dispatch.place(row, submitted.standing)), 202, extra
 
 
 @blueprint.post("/sync")
@@ -73,6 +85,7 @@ def create(headers: dict[str, Any], wanted: Request) -> Any:
 def run(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> Any:
     """Send a job and wait for its result."""
     dispatch = _dispatch()
+    wanted, _ = _located(wanted)
     timeout_s: float = query["timeout"]
     if not query["wait_for_worker"] and not dispatch.has_worker(wanted):
         detail = f"No live worker serves {wanted.type} where this job may run; nothing was submitted."
@@ -153,6 +166,15 @@ def statistics(query: dict[str, Any]) -> Statistics:
 def _dispatch() -> Dispatch:
     dispatch: Dispatch = current_app.extensions["dispatch"]
     return dispatch
+
+
+def _located(wanted: Request) -> tuple[Request, Origin]:
+    """The request with the region of its client, and how that was found."""
+    try:
+        origin = find_here(wanted.region)
+    except UnknownRegion as error:
+        raise Invalid({HEADER: [str(error)]}) from error
+    return replace(wanted, client_region=origin.region), origin
 
 
 def _find(job_id: str) -> JobRow:

@@ -3,17 +3,18 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Generic, TypeVar
 
 from engines.catalogue import JobType
-from tasks import fleet, routing
-from tasks.fleet import Card
-from tasks.ledger import WAIT_SLICE_S, Ledger, Queued, StoreError, open_store
+from tasks import routing
+from tasks.fleet import Card, Roster
+from tasks.ledger import WAIT_SLICE_S, Ledger, Queued, StoreError, Traffic, open_store
 from tasks.publisher import BrokerError, Publisher
-from tasks.routing import Load, Region
+from tasks.routing import Load, Offer, Region
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +26,8 @@ BULK_TIMEOUT_S = 60.0
 REST_S = 1.0
 #: Cards and speeds are read at most this often; a worker's own beat is slower.
 FRESH_S = 0.5
+#: While they are being read anew, what was read before serves until it is this old.
+STALE_S = 1.5
 
 T = TypeVar("T")
 
@@ -43,7 +46,19 @@ class Breaker:
         self.name = name
         self._errors = errors
         self._until = 0.0
+        self._failing_since: float | None = None
         self._lock = threading.Lock()
+
+    @property
+    def failing_s(self) -> float:
+        """Seconds since the server first did not answer, if it has not answered since; else 0."""
+        since = self._failing_since
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def tripped(self) -> bool:
+        """Whether the server did not answer when it was last asked."""
+        return self._until != 0.0
 
     def __enter__(self) -> None:
         with self._lock:
@@ -59,12 +74,14 @@ class Breaker:
             with self._lock:
                 if self._until == 0.0:
                     logger.warning("the %s does not answer: %s", self.name, error)
+                    self._failing_since = time.monotonic()
                 self._until = time.monotonic() + REST_S
             # The error itself names hosts and ports, which are not for clients.
             raise Down(f"The {self.name} does not answer.") from error
         if kind is None and self._until:
             with self._lock:
                 self._until = 0.0
+                self._failing_since = None
             logger.info("the %s answers again", self.name)
 
 
@@ -79,13 +96,29 @@ class Recent(Generic[T]):
         self._read_at = float("-inf")
 
     def get(self) -> T:
-        """The value. Raises Down."""
-        with self._lock:
+        """The value, read by one caller while the others go on with the last one. Raises Down."""
+        value, age_s = self._value, time.monotonic() - self._read_at
+        if value is not None and age_s < FRESH_S:
+            return value
+        usable = value is not None and age_s < STALE_S
+        if not self._lock.acquire(blocking=not usable and not self._breaker.tripped):
+            if value is not None and usable:
+                return value
+            raise Down(f"The {self._breaker.name} does not answer.")
+        try:
             if self._value is None or time.monotonic() - self._read_at >= FRESH_S:
                 with self._breaker:
                     self._value = self._read()
                 self._read_at = time.monotonic()
             return self._value
+        finally:
+            self._lock.release()
+
+    def amend(self, change: Callable[[T], None]) -> None:
+        """Change the value until it is read anew, if it was ever read. Two at once may lose one change."""
+        # Without the lock: whoever reads the value anew may hold it for as long as the store takes.
+        if (value := self._value) is not None:
+            change(value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +127,15 @@ class Mailbox:
 
     ledger: Ledger
     breaker: Breaker
-    cards: Recent[list[Card]]
-    #: Mean seconds of a job, by queue.
-    speeds: Recent[dict[str, float]]
+    workers: Recent[Roster]
+    #: What waits and runs, by queue.
+    traffic: Recent[dict[str, Traffic]]
+    #: By priority: how many jobs wait that would run before a new one of it, by queue.
+    ahead: Sequence[Recent[dict[str, int]]]
+    #: What was made of workers and traffic, by region, type and model, and what it was made of.
+    loads: dict[tuple[str, JobType, str | None], tuple[Roster, Mapping[str, Traffic], Load]] = field(
+        default_factory=dict
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +156,42 @@ class Link:
 
     def cards(self) -> list[Card]:
         """The region's live workers. Raises Down."""
-        return [card for card in self.mailbox.cards.get() if card.region == self.region.name]
+        return self.mailbox.workers.get().of(self.region.name)
 
     def load(self, job_type: JobType, model: str | None = None) -> Load:
         """What the region can do now for a type, or for jobs of it that name a model. Raises Down."""
-        queue = routing.queue_name(self.region.name, job_type)
-        return fleet.load_of(self.cards(), job_type, model, service_s=self.mailbox.speeds.get().get(queue))
+        roster, traffic = self.mailbox.workers.get(), self.mailbox.traffic.get()
+        key = (self.region.name, job_type, model)
+        known = self.mailbox.loads.get(key)
+        if known is not None and known[0] is roster and known[1] is traffic:
+            return known[2]
+        own = traffic.get(routing.queue_name(*key), _NO_TRAFFIC)
+        beside = [passed for name in roster.beside(*key) for passed in traffic.get(name, _NO_TRAFFIC).elapsed_s]
+        load = roster.load(*key, service_s=own.mean_s).with_running(own.elapsed_s, beside)
+        self.mailbox.loads[key] = (roster, traffic, load)
+        return load
+
+    def beside(self, job_type: JobType, model: str | None) -> list[str]:
+        """Queues whose jobs wait for the same workers. Raises Down."""
+        return self.mailbox.workers.get().beside(self.region.name, job_type, model)
+
+    def offer(self, job_type: JobType, model: str | None, priority: int) -> Offer:
+        """What the region can do now for a new job. Raises Down if its store or its broker does not answer."""
+        broker = self.broker
+        if broker.breaker.tripped:
+            # A job that may go elsewhere need not wait for this broker; one caller a second tries whether it is back.
+            with broker.breaker:
+                broker.publisher.depths([routing.queue_name(self.region.name, job_type)])
+        ahead = self.mailbox.ahead[priority].get()
+        own = ahead.get(routing.queue_name(self.region.name, job_type, model), 0)
+        beside = sum(ahead.get(name, 0) for name in self.beside(job_type, model))
+        return Offer(self.load(job_type, model), own, beside)
+
+    def expect(self, job_type: JobType, model: str | None, priority: int) -> None:
+        """Count a job that is about to be sent, so that many at once do not all take the same free slot."""
+        queue = routing.queue_name(self.region.name, job_type, model)
+        for recent in self.mailbox.ahead[: priority + 1]:
+            recent.amend(lambda depths: depths.update({queue: depths.get(queue, 0) + 1}))
 
     def queues(self) -> dict[str, Queued]:
         """The region's queues, by name. Raises Down."""
@@ -157,5 +226,11 @@ def open_links(regions: Mapping[str, Region]) -> dict[str, Link]:
 
 def _mailbox(ledger: Ledger, breaker: Breaker, regions: list[str]) -> Mailbox:
     queues = [routing.queue_name(region, job_type) for region in regions for job_type in JobType]
-    cards = Recent(lambda: [Card.decode(text) for text in ledger.cards()], breaker)
-    return Mailbox(ledger, breaker, cards, Recent(lambda: ledger.speeds(queues), breaker))
+    workers = Recent(lambda: Roster(map(_card, ledger.cards())), breaker)
+    ahead = [Recent(partial(ledger.ahead, priority), breaker) for priority in routing.PRIORITIES]
+    return Mailbox(ledger, breaker, workers, Recent(lambda: ledger.traffic(queues), breaker), ahead)
+
+
+_NO_TRAFFIC = Traffic(0, (), None)
+#: Most workers say the same as the time before, and reading 10,000 cards anew takes a good part of a second.
+_card = lru_cache(maxsize=20_000)(Card.decode)

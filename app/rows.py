@@ -9,7 +9,7 @@ import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from sqlalchemy import ColumnElement, Double, Engine, bindparam, case, func, or_, select, tuple_, union_all
@@ -20,7 +20,7 @@ from sqlalchemy.exc import IntegrityError
 
 from app.tables import jobs, leadership, now, open_database
 from engines.catalogue import JobType
-from tasks.job import LIVE, Envelope, JobError, JobState
+from tasks.job import LIVE, DirectJob, Envelope, JobError, JobState
 
 #: A job whose publish nobody proved is sent by the reconciler after this long.
 UNPROVEN_S = 2.0
@@ -39,13 +39,16 @@ class JobRow:
     requested_model: str | None
     params: str
     priority: int
+    #: The region that its client asked for or comes from: the job's home. None in rows of an earlier version.
     region_wanted: str | None
+    #: Where it is queued, runs or ran.
     region: str
     allow_cross_region: bool
     timeout_seconds: float
     queue_deadline: float | None
     status: JobState
     attempt: int
+    losses: int
     version: int
     created_at: float
     started_at: float | None
@@ -77,6 +80,10 @@ _COLUMNS = [jobs.c[field.name] for field in fields(JobRow)]
 # Written into the statement, not bound: a bound value would not match the condition of a partial index.
 _LIVE = jobs.c.status.in_(bindparam("live", [str(state) for state in LIVE], expanding=True, literal_execute=True))
 _QUEUED = jobs.c.status == str(JobState.QUEUED)
+# Likewise, for the index of queued jobs alone.
+_INDEXED_QUEUED = jobs.c.status == bindparam("queued", str(JobState.QUEUED), literal_execute=True)
+# Whatever its public state: no worker has begun its present attempt.
+_WAITS = jobs.c.run_deadline.is_(None)
 _started = bindparam("started", type_=Double)
 # The store's clock may be behind the database's; nobody shall see a job start before it was made.
 _STARTED_AT = case((jobs.c.created_at > _started, jobs.c.created_at), else_=func.coalesce(_started, now()))
@@ -105,6 +112,22 @@ _INSERT = (
         created_at=now(),
         queue_deadline=now() + bindparam("queue_timeout_seconds", type_=Double),
         due_at=now() + UNPROVEN_S,
+        sends=0,
+        withdrawn=False,
+    )
+    .returning(*_COLUMNS)
+)
+_ADOPT = (
+    sql_insert(jobs)
+    .values(
+        **{name: bindparam(name) for name in ("id", "params", *(field.name for field in fields(DirectJob)))},
+        status=str(JobState.RUNNING),
+        worker_id=bindparam("worker"),
+        attempt=1,
+        version=1,
+        created_at=func.coalesce(_started, now()),
+        started_at=func.coalesce(_started, now()),
+        run_deadline=func.coalesce(_started, now()) + bindparam("timeout_seconds", type_=Double) + RUN_GRACE_S,
         sends=0,
         withdrawn=False,
     )
@@ -260,6 +283,28 @@ class Rows:
             raise IdempotencyConflict
         return earlier, False
 
+    def adopt(
+        self, job_id: str, direct: DirectJob, *, worker_id: str | None, started_at: float | None
+    ) -> JobRow | None:
+        """The row of a job that its client brought to a worker, as running; made while it runs or afterwards.
+
+        None if there is one already. It holds no params and is never sent to anybody; what became of the job is folded
+        into it as into any other.
+        """
+        values = {
+            **asdict(direct),
+            "id": job_id,
+            "type": str(direct.type),
+            "params": "{}",
+            "worker": worker_id,
+            "started": started_at,
+        }
+        try:
+            with self._turn, self._hasty.connect() as connection:
+                return _row(connection.execute(_ADOPT, values).one())
+        except IntegrityError:
+            return None
+
     def begun(self, job_id: str, *, attempt: int, worker_id: str | None, started_at: float | None) -> JobRow | None:
         """The worker has begun the attempt: queued -> running, or running on with another worker.
 
@@ -309,16 +354,67 @@ class Rows:
             jobs.c.id == job_id, _LIVE, status=str(JobState.CANCELLED), completed_at=now(), due_at=now()
         )
 
-    def next_attempt(self, job_id: str, *, attempt: int) -> JobRow | None:
-        """The attempt was lost: the next one is due at once. The public state stays what it is."""
+    def next_attempt(self, job_id: str, *, attempt: int, lost: bool = True) -> JobRow | None:
+        """The attempt is over without an outcome: the next one is due at once. The public state stays what it is.
+
+        lost: its worker was lost, so it counts as a try.
+        """
         return self._change(
             jobs.c.id == job_id,
             _LIVE,
             jobs.c.attempt == attempt,
             attempt=attempt + 1,
+            losses=jobs.c.losses + int(lost),
+            worker_id=None,
             run_deadline=None,
             due_at=now(),
         )
+
+    def given_back(self, row: JobRow) -> JobRow | None:
+        """The worker gave the attempt back: it waits again, and is due at once. None if the row has changed since."""
+        return self._change(
+            jobs.c.id == row.id, _LIVE, jobs.c.version == row.version, worker_id=None, run_deadline=None, due_at=now()
+        )
+
+    def move(
+        self, region: str, job_type: JobType, model: str | None, *, to: str, running: bool = False, limit: int
+    ) -> list[JobRow]:
+        """Move jobs that may leave the region to another, where they are due at once; as they are then, oldest first.
+
+        The next attempt fences what lies in the region they left; a move is no try. running: those that a worker
+        there has begun, instead of those that wait.
+        """
+        may_go = (
+            _LIVE,
+            jobs.c.region == region,
+            jobs.c.allow_cross_region.is_(True),
+            jobs.c.withdrawn.is_(False),
+            # Never sent and never to be: its client brought it to the worker.
+            or_(jobs.c.sends > 0, jobs.c.due_at.is_not(None)),
+            ~_WAITS if running else _WAITS,
+        )
+        some = (
+            select(jobs.c.id)
+            .where(*may_go, jobs.c.type == str(job_type), jobs.c.model.is_not_distinct_from(model))
+            .order_by(jobs.c.sent_at)
+            .limit(limit)
+        )
+        # The conditions stand in both places: PostgreSQL looks only at the outer ones again when a row was changed
+        # by somebody else meanwhile.
+        statement = (
+            sql_update(jobs)
+            .where(jobs.c.id.in_(some.scalar_subquery()), *may_go)
+            .values(
+                version=jobs.c.version + 1,
+                region=to,
+                attempt=jobs.c.attempt + 1,
+                worker_id=None,
+                run_deadline=None,
+                due_at=now(),
+            )
+        )
+        with self._turn, self._engine.connect() as connection:
+            return [_row(changed) for changed in connection.execute(statement.returning(*_COLUMNS))]
 
     def withdraw(self, job_id: str) -> bool:
         """Take back a job that nobody was told of; False if it is running or has ended already."""
@@ -400,6 +496,40 @@ class Rows:
             jobs.c.due_at.is_(None),
         )
         return self._some(query.order_by(jobs.c.sent_at), limit)
+
+    def movable(self, region: str) -> list[tuple[JobType, str | None]]:
+        """Types and models of the region's live jobs that may leave it; reads them all."""
+        query = select(jobs.c.type, jobs.c.model).distinct()
+        query = query.where(_LIVE, jobs.c.region == region, jobs.c.allow_cross_region.is_(True))
+        with self._engine.connect() as connection:
+            return [(JobType(job_type), model) for job_type, model in connection.execute(query)]
+
+    def regions(self) -> list[str]:
+        """Every region that live jobs are in; reads an index of them."""
+        with self._engine.connect() as connection:
+            return list(connection.execute(select(jobs.c.region).where(_LIVE).distinct()).scalars())
+
+    # For the statistics
+
+    def oldest_waits(self, regions: Sequence[str]) -> dict[str, float | None]:
+        """Seconds that each region's oldest queued job has waited; None where none does."""
+        waits = [
+            select(now() - jobs.c.created_at)
+            .where(_INDEXED_QUEUED, jobs.c.region == region)
+            .order_by(jobs.c.created_at)
+            .limit(1)
+            .scalar_subquery()
+            for region in regions
+        ]
+        with self._engine.connect() as connection:
+            return dict(zip(regions, connection.execute(select(*waits)).one(), strict=True))
+
+    def live(self, region: str) -> dict[tuple[JobType, JobState], int]:
+        """How many live jobs the region has, by type and state; reads them all."""
+        query = select(jobs.c.type, jobs.c.status, func.count()).where(_LIVE, jobs.c.region == region)
+        with self._engine.connect() as connection:
+            found = connection.execute(query.group_by(jobs.c.type, jobs.c.status))
+            return {(JobType(job_type), JobState(status)): count for job_type, status, count in found}
 
     def lead(self, holder: str, seconds: float) -> bool:
         """Whether `holder` leads for the next seconds: it did before, or nobody does."""

@@ -13,43 +13,21 @@ from datetime import UTC, datetime
 from typing import Any
 
 from flask import current_app
-from marshmallow import RAISE, Schema, ValidationError, fields, post_load, validate
+from marshmallow import Schema, ValidationError, fields, post_load, validate, validates
 
-from app.dispatch import Dispatch, Place, Request
-from app.parsing import as_mapping, hinted, near
+from app.dispatch import Dispatch, Forecast, Place, Request
+from app.origin import FoundBy, Origin
 from app.rows import JobRow
 from app.settings import Settings
 from engines import catalogue
 from engines.catalogue import JobType, UnknownModel
 from engines.contract import Progress
-from engines.fields import Int, Number, Text, Truth
-from engines.schemas import PARAMS, load_params
 from tasks.job import JobError, JobState
-from tasks.routing import PRIORITIES
+from tasks.reading import JobFields, near
 
-#: Longest time a job may run or wait; a day.
-LONGEST_S = 86_400
 #: Longest time one sync request may wait.
 LONGEST_SYNC_S = 3600
 MOST_PER_PAGE = 200
-
-
-class Params(fields.Dict):
-    """Params of the job type that stands beside them."""
-
-    def _deserialize(
-        self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any
-    ) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise ValidationError("Must be an object.")
-        job_type = next((known for known in PARAMS if data and data.get("type") == known), None)
-        if job_type is None:
-            # The type's own field refuses it.
-            return value
-        try:
-            return load_params(job_type, value)
-        except ValidationError as error:
-            raise ValidationError(hinted(as_mapping(error), PARAMS[job_type])) from error
 
 
 class Timestamp(fields.DateTime):
@@ -95,64 +73,23 @@ class Cursor(fields.String):
         return base64.urlsafe_b64encode(json.dumps([row.created_at, row.id]).encode()).decode()
 
 
-def _known_type(name: str) -> None:
-    if name not in map(str, PARAMS):
-        raise ValidationError(f"Unknown job type. {near(name, map(str, PARAMS))}")
-
-
-def _known_region(name: str) -> None:
+def known_region(name: str) -> None:
+    """Pass if there is such a region. Raises ValidationError with the near names."""
     settings: Settings = current_app.extensions["settings"]
     if name not in settings.regions:
         raise ValidationError(f"Unknown region. {near(name, settings.regions)}")
 
 
 _region_example = {"example": "asia-east"}
-_seconds = validate.Range(min=0, min_inclusive=False, max=LONGEST_S)
 
 
-class JobCreate(Schema):
+class JobCreate(JobFields):
     """A job that a client asks for."""
 
-    class Meta:
-        unknown = RAISE
-
-    type = fields.String(
-        required=True, validate=_known_type, metadata={"enum": [str(name) for name in PARAMS], "example": "llm"}
-    )
-    params = Params(required=True, metadata={"description": "What the type takes."})
-    model = Text(
-        load_default=None,
-        allow_none=True,
-        validate=validate.Length(min=1, max=200),
-        metadata={
-            "description": "Only a worker that has this model loaded runs it (GET /api/v1/models); left out, any does.",
-            "example": "Qwen/Qwen2.5-7B-Instruct",
-        },
-    )
-    priority = Int(
-        load_default=0,
-        validate=validate.Range(min=PRIORITIES[0], max=PRIORITIES[-1]),
-        metadata={"description": "Higher is sooner; first in first out within one."},
-    )
-    region = fields.String(
-        load_default=None,
-        allow_none=True,
-        validate=_known_region,
-        metadata={**_region_example, "description": "Preferred region; left out, the platform chooses."},
-    )
-    allow_cross_region = Truth(
-        load_default=True,
-        metadata={"description": "Whether the nearest other region may run it when the preferred one cannot."},
-    )
-    timeout_seconds = Number(
-        load_default=300.0, validate=_seconds, metadata={"description": "How long it may run, from its start."}
-    )
-    queue_timeout_seconds = Number(
-        load_default=None,
-        allow_none=True,
-        validate=_seconds,
-        metadata={"description": "How long it may wait; left out, for as long as it takes."},
-    )
+    @validates("region")
+    def _region(self, name: str | None, **_: Any) -> None:
+        if name is not None:
+            known_region(name)
 
     @post_load
     def _request(self, data: dict[str, Any], **_: Any) -> Request:
@@ -163,6 +100,15 @@ class JobCreate(Schema):
         except UnknownModel as error:
             raise ValidationError(str(error), "model") from error
         return Request(**{**data, "type": job_type, "model": model, "requested_model": name})
+
+
+class CreateQuery(Schema):
+    """Whether a job is really sent."""
+
+    dry_run = fields.Boolean(
+        load_default=False,
+        metadata={"description": "true: say where the job would go, why, and how long it would wait; keep nothing."},
+    )
 
 
 class IdempotencyHeaders(Schema):
@@ -194,7 +140,7 @@ class JobsQuery(Schema):
 
     status = fields.Enum(JobState, by_value=True, load_default=None)
     type = fields.Enum(JobType, by_value=True, load_default=None)
-    region = fields.String(load_default=None, validate=_known_region, metadata=_region_example)
+    region = fields.String(load_default=None, validate=known_region, metadata=_region_example)
     created_after = Timestamp(load_default=None)
     limit = fields.Integer(load_default=50, validate=validate.Range(min=1, max=MOST_PER_PAGE))
     cursor = Cursor(load_default=None, metadata={"description": "next_cursor of the page before."})
@@ -203,7 +149,7 @@ class JobsQuery(Schema):
 class QueueQuery(Schema):
     """Which queues to count."""
 
-    region = fields.String(load_default=None, validate=_known_region, metadata=_region_example)
+    region = fields.String(load_default=None, validate=known_region, metadata=_region_example)
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,6 +193,52 @@ class JobCreated(Schema):
     )
 
 
+@dataclass(frozen=True, slots=True)
+class DryRun:
+    """Where a job would go, as a client is shown it."""
+
+    origin: Origin
+    forecast: Forecast
+
+
+class DryRunView(Schema):
+    """Where a job would go, and why."""
+
+    region = fields.String(
+        attribute="forecast.decision.region", metadata={"description": "Where it would be queued now."}
+    )
+    reason = fields.String(attribute="forecast.decision.reason", metadata={"description": "Why there."})
+    client_region = fields.String(
+        attribute="origin.region",
+        metadata={"description": "The region it was wanted in: the client's own, or the job's."},
+    )
+    origin = fields.Enum(
+        FoundBy,
+        by_value=True,
+        attribute="origin.found_by",
+        metadata={
+            "description": "How client_region was found: the job's `region`, a proxy's header, the operator's table of "
+            "networks, the country of the address, or none of them."
+        },
+    )
+    estimated_wait_seconds = WholeSeconds(
+        attribute="forecast.decision.estimated_wait_s",
+        allow_none=True,
+        metadata={"description": "null where not known."},
+    )
+    queue_position = fields.Integer(
+        attribute="forecast.position", allow_none=True, metadata={"description": "1 is next; null where not known."}
+    )
+    available_workers = fields.Integer(
+        attribute="forecast.available_workers", metadata={"description": "Live workers there that would take it."}
+    )
+    model = fields.String(
+        attribute="forecast.model",
+        allow_none=True,
+        metadata={"description": "The model that would run it; null where that depends on the worker, or nobody does."},
+    )
+
+
 class ErrorView(Schema):
     """Why a job did not complete."""
 
@@ -285,7 +277,8 @@ class JobItem(JobCreated):
     priority = fields.Integer(attribute="row.priority")
     timeout_seconds = fields.Float(attribute="row.timeout_seconds")
     attempt = fields.Integer(
-        attribute="row.attempt", metadata={"description": "Grows with every worker that was lost under it."}
+        attribute="row.attempt",
+        metadata={"description": "Grows with every worker that was lost under it and every region it left."},
     )
     error = fields.Nested(ErrorView, allow_none=True)
     queued_reason = fields.String(
@@ -323,13 +316,38 @@ class JobCancelled(Schema):
     job_id = fields.UUID()
 
 
+class RegionStats(Schema):
+    """One region's queues and workers now."""
+
+    queued = fields.Integer()
+    running = fields.Integer()
+    available_workers = fields.Integer()
+    oldest_wait_seconds = WholeSeconds(attribute="oldest_wait_s", allow_none=True)
+    reachable = fields.Boolean(
+        metadata={
+            "description": "Whether its store answers; while it does not, the other figures are what is on record."
+        }
+    )
+
+
 class QueueStats(Schema):
     """Queues and workers now."""
 
     total_queued = fields.Integer()
-    available_workers = fields.Integer()
-    estimated_wait_seconds = WholeSeconds(attribute="estimated_wait_s", allow_none=True)
+    available_workers = fields.Integer(metadata={"description": "Live workers that take new jobs."})
+    estimated_wait_seconds = WholeSeconds(
+        attribute="estimated_wait_s",
+        allow_none=True,
+        metadata={"description": "Of a new job of the slowest served type; null where not known."},
+    )
     by_type = fields.Dict(fields.String(), fields.Integer())
+    running = fields.Integer()
+    oldest_wait_seconds = WholeSeconds(
+        attribute="oldest_wait_s",
+        allow_none=True,
+        metadata={"description": "Since the oldest queued job was accepted; null where none waits."},
+    )
+    by_region = fields.Dict(fields.String(), fields.Nested(RegionStats))
 
 
 class HealthView(Schema):

@@ -1,12 +1,16 @@
 """Settings of the API, built from a mapping such as os.environ."""
 
+import ipaddress
+import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import IPv4Network, IPv6Network
 
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from tasks.reading import MOST_BODY_BYTES, near
 from tasks.routing import Region
 from tasks.settings import SettingsError, data_dir, default_region, load_regions
 
@@ -16,8 +20,9 @@ PORT = 8000
 THREADS = 1100
 #: Threads that never wait for a job, so that health checks, submits and cancels are always answered.
 SPARE_THREADS = 100
-#: An hour of speech, as Base64 in JSON.
-MAX_BODY_BYTES = 64 * 2**20
+DIRECT_TOKEN_S = 60
+
+Network = IPv4Network | IPv6Network
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +41,13 @@ class Settings:
     #: Serve other hosts although no key exists.
     allow_anonymous: bool = False
     #: Largest request body.
-    max_body_bytes: int = MAX_BODY_BYTES
+    max_body_bytes: int = MOST_BODY_BYTES
+    #: Proxies whose word on the client's address and region is taken.
+    trusted_proxies: Sequence[Network] = ()
+    #: Regions of the operator's own networks.
+    client_regions: Mapping[Network, str] = field(default_factory=dict)
+    #: Seconds for which a token of direct mode lets its job in; at most what the ledger remembers of a job.
+    direct_token_s: int = DIRECT_TOKEN_S
 
     @property
     def sync_waiters(self) -> int:
@@ -56,7 +67,10 @@ class Settings:
             port=_whole(environ, "PORT", PORT, least=1, most=65_535),
             threads=_whole(environ, "API_THREADS", THREADS, least=4, most=20_000),
             allow_anonymous=environ.get("GPU_ALLOW_ANONYMOUS", "").strip().lower() in ("1", "true", "yes", "on"),
-            max_body_bytes=_whole(environ, "MAX_BODY_BYTES", MAX_BODY_BYTES, least=1024, most=1024**3),
+            max_body_bytes=_whole(environ, "MAX_BODY_BYTES", MOST_BODY_BYTES, least=1024, most=1024**3),
+            trusted_proxies=_proxies(environ),
+            client_regions=_networks(environ, regions),
+            direct_token_s=_whole(environ, "DIRECT_TOKEN_SECONDS", DIRECT_TOKEN_S, least=5, most=300),
         )
 
 
@@ -77,3 +91,42 @@ def _whole(environ: Mapping[str, str], name: str, default: int, *, least: int, m
     if not text.isdecimal() or not least <= int(text) <= most:
         raise SettingsError(f"{name} must be a whole number from {least} to {most}, not {text!r}.")
     return int(text)
+
+
+def _proxies(environ: Mapping[str, str]) -> list[Network]:
+    texts = [text.strip() for text in environ.get("TRUSTED_PROXIES", "").split(",")]
+    return [_network("TRUSTED_PROXIES", text) for text in texts if text]
+
+
+def _networks(environ: Mapping[str, str], regions: Mapping[str, Region]) -> dict[Network, str]:
+    text = environ.get("CLIENT_REGIONS", "").strip()
+    if not text:
+        return {}
+    rule = 'CLIENT_REGIONS must be a JSON object of regions by network, such as {"10.1.0.0/16": "asia-east"}'
+    try:
+        given = json.loads(text)
+    except ValueError as error:
+        raise SettingsError(f"{rule}: {error}") from error
+    if not isinstance(given, dict):
+        raise SettingsError(f"{rule}.")
+    found: dict[Network, str] = {}
+    for name, region in given.items():
+        network = _network("CLIENT_REGIONS", name)
+        if not isinstance(region, str) or region not in regions:
+            hint = near(str(region), regions)
+            raise SettingsError(f"CLIENT_REGIONS: {name} has {region!r}, which is no configured region. {hint}")
+        if found.setdefault(network, region) != region:
+            raise SettingsError(f"CLIENT_REGIONS: {network} has two regions, {found[network]} and {region}.")
+    return found
+
+
+def _network(variable: str, text: str) -> Network:
+    try:
+        network = ipaddress.ip_network(text)
+    except ValueError as error:
+        rule = "is no address and no network such as 10.1.0.0/16 or 2001:db8::/32"
+        raise SettingsError(f"{variable}: {text!r} {rule}: {error}.") from error
+    if isinstance(network, IPv6Network) and network.network_address.ipv4_mapped and network.prefixlen >= 96:
+        # Addresses of this form are read as the IPv4 address that they carry.
+        return ipaddress.ip_network((int(network.network_address.ipv4_mapped), network.prefixlen - 96))
+    return network

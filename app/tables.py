@@ -42,6 +42,7 @@ metadata = MetaData()
 
 _STATES = ", ".join(f"'{state}'" for state in JobState)
 _IS_LIVE = text("status IN ('queued', 'running')")
+_IS_QUEUED = text("status = 'queued'")
 
 jobs = Table(
     "jobs",
@@ -61,8 +62,11 @@ jobs = Table(
     Column("allow_cross_region", Boolean, nullable=False),
     Column("timeout_seconds", Double, nullable=False),
     Column("status", String(16), nullable=False),
-    #: Grows with every worker that was lost; the fence.
+    #: The fence: grows whenever what was sent before must no longer count, after a lost worker, an emptied store or a
+    #: move to another region.
     Column("attempt", Integer, nullable=False),
+    #: How many attempts ended with their worker; this, and not the attempt, says when a job has been tried enough.
+    Column("losses", SmallInteger, nullable=False, server_default="0"),
     #: Grows with every write.
     Column("version", Integer, nullable=False),
     Column("created_at", Double, nullable=False),
@@ -70,7 +74,8 @@ jobs = Table(
     Column("completed_at", Double),
     #: Queued for longer than this, it times out.
     Column("queue_deadline", Double),
-    #: Running for longer than this, it times out even if its worker says nothing.
+    #: Running for longer than this, it times out even if its worker says nothing. Null while it waits for a worker,
+    #: the first or the next.
     Column("run_deadline", Double),
     Column("worker_id", String(128)),
     #: JSON, or where it lies.
@@ -96,6 +101,7 @@ jobs = Table(
     Index("run_deadlines", "run_deadline", sqlite_where=_IS_LIVE, postgresql_where=_IS_LIVE),
     Index("epochs", "region", "store_epoch", sqlite_where=_IS_LIVE, postgresql_where=_IS_LIVE),
     Index("resends", "region", "type", "sent_at", sqlite_where=_IS_LIVE, postgresql_where=_IS_LIVE),
+    Index("oldest_queued", "region", "created_at", sqlite_where=_IS_QUEUED, postgresql_where=_IS_QUEUED),
 )
 
 api_keys = Table(

@@ -8,12 +8,9 @@ from pathlib import Path
 
 from engines import catalogue, packaged
 from engines.catalogue import JobType, Model, UnknownModel
-from engines.contract import Device, Engine, EngineLoadError
+from engines.contract import DTYPES, Device, Engine, EngineLoadError
 
 GIB = 2**30
-
-#: What a worker may compute in, by torch's names.
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 def resolve(job_type: JobType, name_or_path: str) -> Model:
@@ -61,6 +58,16 @@ def detect_device(
         torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
     )
     return Device(f"cuda:{index}", dtype, max_memory_gib, offload)
+
+
+def describe(device: Device) -> tuple[str | None, float | None]:
+    """A GPU's name and all its memory in GiB; None for the CPU."""
+    if device.name == "cpu":
+        return None, None
+    import torch
+
+    properties = torch.cuda.get_device_properties(device.name)
+    return properties.name, round(properties.total_memory / GIB, 1)
 
 
 def check_kernels(card: str, capability: tuple[int, int], architectures: list[str]) -> None:

@@ -44,7 +44,7 @@ class DemoFailed(Exception):
 
 def at_home(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without what leads elsewhere; empty, so that .env does not fill it in again."""
-    return {**environ, **dict.fromkeys(_ELSEWHERE, ""), "HOST": LOOPBACK}
+    return {**environ, **dict.fromkeys(_ELSEWHERE, ""), "GPU_CONFIG": os.devnull, "HOST": LOOPBACK}
 
 
 def show(settings: Settings, processes: Processes, picture: Path) -> None:

@@ -6,11 +6,9 @@ pid files.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections import deque
@@ -18,6 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from local import pidfiles
+from tasks.lifeline import die_with
 from tasks.settings import ROOT
 
 #: Called with (process name, line), one call at a time.
@@ -25,8 +24,6 @@ Hear = Callable[[str, str], None]
 
 #: Lines that are kept to explain why a process ended.
 TAIL_LINES = 25
-_PR_SET_PDEATHSIG = 1
-_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class ProcessEnded(Exception):
@@ -52,7 +49,7 @@ class Process:
             text=True,
             errors="replace",
             start_new_session=True,
-            preexec_fn=lambda: _die_with(parent),
+            preexec_fn=lambda: die_with(parent),
         )
         self._reader = threading.Thread(target=self._read, args=(hear,), name=f"read-{name}", daemon=True)
         self._reader.start()
@@ -164,11 +161,3 @@ class Processes:
     def _hear_one(self, name: str, line: str) -> None:
         with self._turn:
             self._hear(name, line)
-
-
-def _die_with(parent: int) -> None:
-    """Runs in the child before the command: from now on the kernel kills it when the parent is gone."""
-    if _libc is not None:
-        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from app.settings import Settings as ApiSettings
 from engines.catalogue import DEFAULT_ON_CPU
-from tasks.settings import MODEL_VARIABLES, SettingsError, data_dir, default_store
+from tasks.settings import MODEL_VARIABLES, SettingsError, data_dir, default_store, effective
 
 LOOPBACK = "127.0.0.1"
 FLOWER_PORT = "5555"
@@ -69,7 +69,12 @@ def load(environ: Mapping[str, str]) -> Settings:
 
 
 def for_processes(settings: Settings, environ: Mapping[str, str]) -> dict[str, str]:
-    """What the platform's processes find in their environment: every setting spelled out, all else as it was."""
+    """What the platform's processes find in their environment: every setting spelled out, all else as it was.
+
+    Raises SettingsError for a config.yaml that cannot be used.
+    """
+    told = effective(environ)
+    store = f"redis://{LOOPBACK}:{settings.store_port}"
     direct = [environ.get("no_proxy") or environ.get("NO_PROXY"), LOOPBACK, "localhost", "::1"]
     loopback = ",".join(filter(None, direct))
     return {
@@ -77,7 +82,10 @@ def for_processes(settings: Settings, environ: Mapping[str, str]) -> dict[str, s
         "CELERY_WORKER_LOGLEVEL": "INFO",
         **environ,
         # The small ones, on a GPU too: its own defaults are a hundred gigabytes of downloads.
-        **{name: environ.get(name) or DEFAULT_ON_CPU[job_type] for name, job_type in MODEL_VARIABLES.items()},
+        **{name: told.get(name) or DEFAULT_ON_CPU[job_type] for name, job_type in MODEL_VARIABLES.items()},
+        # Over config.yaml, which may be written for a worker of another platform.
+        "GPU_BROKER_URL": environ.get("GPU_BROKER_URL") or f"{store}/0",
+        "GPU_STORE_URL": environ.get("GPU_STORE_URL") or f"{store}/1",
         "HOST": settings.host,
         "PORT": str(settings.port),
         "FLOWER_PORT": str(settings.flower_port),

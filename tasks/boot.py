@@ -4,31 +4,42 @@ Engines are loaded in worker_init, which Celery sends before it builds the consu
 engine is warm. An engine that cannot be loaded stops the worker.
 """
 
+import dataclasses
 import logging
 import os
+import re
+import signal
 import socket
 import sys
-import threading
 import time
 import uuid
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NoReturn
+from zoneinfo import ZoneInfo
 
 from celery import signals
+from celery.utils.log import mlevel
+from celery.utils.nodenames import node_format
+from celery.utils.text import str_to_list
 
 import celeryconfig
 from engines import catalogue
 from engines.catalogue import DEFAULT_ON_CPU, DEFAULT_ON_GPU, JobType, Model, UnknownModel
-from engines.contract import Device, Engine, EngineLoadError, JobCancelled, JobReleased
-from tasks import routing, settings
+from engines.contract import Device, Engine, EngineLoadError, JobCancelled
+from tasks import bootstrap, consuming, routing, settings
 from tasks.channel import Listener
-from tasks.fleet import Card
-from tasks.ledger import Ledger, StoreError, open_store
-from tasks.station import Station
+from tasks.duty import Duty, Hours
+from tasks.fleet import Card, WorkerState
+from tasks.ledger import BEAT_S, Ledger, StoreError, open_store
+from tasks.options import EXIT_AWAY as EXIT_AWAY
+from tasks.options import EXIT_CONFIG as EXIT_CONFIG
+from tasks.station import FALL_GRACE_S, Station
+
+if TYPE_CHECKING:
+    from tasks.direct import DirectServer
 
 logger = logging.getLogger(__name__)
 
-#: Exit code of a worker that cannot start as configured: EX_CONFIG of sysexits.h. A supervisor need not retry it.
-EXIT_CONFIG = 78
 STORE_TIMEOUT_S = 5.0
 #: For results of megabytes, which may go through a narrow line.
 BULK_TIMEOUT_S = 120.0
@@ -36,8 +47,11 @@ BULK_TIMEOUT_S = 120.0
 STORE_PATIENCE_S = 10.0
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
+_worker: settings.WorkerSettings | None = None
+_home: routing.Region | None = None
 _station: Station | None = None
 _listener: Listener | None = None
+_direct: "DirectServer | None" = None
 
 
 def station() -> Station:
@@ -48,72 +62,100 @@ def station() -> Station:
 
 
 @signals.setup_logging.connect
-def _log(loglevel: int, **_: Any) -> None:
+def _log(loglevel: int, logfile: str | None = None, **_: Any) -> None:
     """Celery leaves logging alone where this is connected; called by it too late for what is said while loading."""
-    logging.basicConfig(level=loglevel, format=LOG_FORMAT)
+    logging.basicConfig(level=loglevel, format=LOG_FORMAT, filename=logfile)
     # Celery's own default is WARNING; what becomes of each job is worth a line.
     for name in ("tasks", "engines"):
         logging.getLogger(name).setLevel(min(loglevel, logging.INFO))
 
 
+@signals.celeryd_init.connect
+def _configure(sender: str, conf: Any, options: dict[str, Any], **_: Any) -> None:
+    """Give Celery the broker, store and queues of the region that this worker serves, before it sets them up."""
+    global _worker, _home
+    logfile = options.get("logfile")
+    # The sender is the node's name, which a path may name parts of: %n, %h.
+    _log(mlevel(options.get("loglevel") or logging.WARNING), node_format(logfile, sender) if logfile else None)
+    try:
+        for name, known in settings.misspelled(os.environ).items():
+            logger.warning("%s is no variable of ours; did you mean %s?", name, known)
+        queues = str_to_list(options.get("queues")) or []
+        _worker = worker = settings.load_worker(os.environ)
+        _home = home = bootstrap.home(os.environ, worker, _named_region(queues))
+        conf.update(celeryconfig.connections_of(home))
+        if conf.broker_url != home.broker:
+            raise settings.SettingsError("CELERY_BROKER_URL and -b are not for workers: set GPU_BROKER_URL.")
+    except settings.SettingsError as error:
+        _refuse(error)
+    except bootstrap.ServerAway as error:
+        _refuse(error, EXIT_AWAY)
+    queues = queues or [routing.queue_name(home.name, job_type) for job_type in worker.served_types]
+    conf.task_queues = [celeryconfig.queue_named(name, home.broker) for name in queues]
+
+
 @signals.worker_init.connect
 def _start(sender: Any, **_: Any) -> None:
-    global _station, _listener
+    global _station, _listener, _direct
     _log(sender.loglevel)
+    worker, home = _told()
+    region = home.name
+    # Celery's own handler comes with the consumer. Who is stopped while loading says goodbye, too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    loaded = False
     try:
-        worker = settings.load_worker(os.environ)
-        regions = settings.load_regions(os.environ)
-        region, types = _served(list(sender.app.amqp.queues.consume_from), regions)
-        if regions[region].broker != sender.app.conf.broker_url:
-            raise settings.SettingsError(f"The queues are of {region}: set GPU_REGION={region}, whose broker differs.")
-        engines, models, warnings, device = _load(types, worker)
+        types = _served(list(sender.app.amqp.queues.consume_from))
+        chosen, device = _choose(types, worker)
+        card = _card(worker, region, chosen, device)
+        door, card = _open_door(worker, card, home)
+        store = open_store(home.store, timeout_s=STORE_TIMEOUT_S)
+        ledger = Ledger(store, bulk=open_store(home.store, timeout_s=BULK_TIMEOUT_S))
+        _station = opened = Station(card, {}, ledger, beat_s=min(worker.heartbeat_interval_s, BEAT_S))
+        # Shown from now on: to load takes minutes.
+        opened.announce()
+        engines, models, warnings = _load(chosen, device, worker)
+        loaded = True
     except (settings.SettingsError, UnknownModel, EngineLoadError) as error:
-        sys.stderr.write(f"The worker cannot start: {error}\n")
-        sys.exit(EXIT_CONFIG)
+        _refuse(error)
+    finally:
+        if _station is not None and not loaded:
+            _station.close()
     # Beside the named queues: those of jobs that may not leave the region, and of jobs that ask for the loaded model.
     named: list[tuple[JobType, str | None]] = [*((job_type, None) for job_type in types), *models.items()]
     for job_type, model in named:
         for pinned in (False, True):
             queue = routing.queue_name(region, job_type, model, pinned=pinned)
-            sender.app.amqp.queues.select_add(celeryconfig.queue_named(queue, regions[region].broker))
+            sender.app.amqp.queues.select_add(celeryconfig.queue_named(queue, home.broker))
 
-    slots = {
-        job_type: min(engine.slots, worker.max_concurrent_jobs or engine.slots) for job_type, engine in engines.items()
-    }
-    sender.concurrency = min(sum(slots.values()), worker.max_concurrent_jobs or sys.maxsize)
-    host = socket.gethostname()
-    name = worker.name or f"{region}-{host}-{device.replace(':', '')}"
-    card = Card(
-        worker_id=f"{name}-{uuid.uuid4().hex[:8]}",
-        name=name,
-        region=region,
-        host=host,
-        device=device,
-        models=models,
-        slots=slots,
-        started_at=time.time(),
-    )
-    url = regions[region].store
-    store = open_store(url, timeout_s=STORE_TIMEOUT_S)
+    duty = _duty(engines, worker)
+    sender.concurrency = min(sum(duty.slots.values()), worker.max_concurrent_jobs or sys.maxsize)
+    consuming.attach(sender, duty)
+    opened.equip(engines, models, duty, warnings)
+    if door is not None:
+        from tasks.direct import DirectServer
+
+        _direct = DirectServer(opened, ledger, door)
     patience_ends = time.monotonic() + STORE_PATIENCE_S
     while True:
         try:
-            store.ping()
+            # Before a message is taken: it may have been told to drain.
+            opened.beat()
             break
         except StoreError as error:
             if time.monotonic() > patience_ends:
-                sys.stderr.write(f"The worker cannot start: the store of {region} cannot be reached: {error}\n")
-                sys.exit(1)
+                _refuse(StoreError(f"the store of {region} cannot be reached: {error}"), EXIT_AWAY)
         time.sleep(0.2)
-    ledger = Ledger(store, bulk=open_store(url, timeout_s=BULK_TIMEOUT_S))
-    _station = opened = Station(card, engines, ledger, warnings=warnings)
-    _listener = Listener(store, card.worker_id, lambda job_id: opened.interrupt(job_id, JobCancelled()))
+    _listener = Listener(
+        store, opened.worker_id, lambda job_id: opened.interrupt(job_id, JobCancelled()), opened.beat_now
+    )
 
 
 @signals.worker_ready.connect
 def _open(**_: Any) -> None:
-    """Show the card only now, when messages are taken."""
+    """Show only now that messages are taken."""
     opened = station()
+    if _direct is not None:
+        _direct.start()
     opened.open()
     logger.info("worker %s serves %s", opened.worker_id, ", ".join(opened.card.slots))
 
@@ -122,44 +164,58 @@ def _open(**_: Any) -> None:
 def _drain(**_: Any) -> None:
     if _station is None:
         return
-    _station.drain()
-    grace_s = settings.load_worker(os.environ).drain_grace_s
-    timer = threading.Timer(grace_s, _station.interrupt_all, [JobReleased("The worker is shutting down.")])
-    timer.daemon = True
-    timer.start()
+    _station.drain(_told()[0].drain_grace_s)
 
 
 @signals.worker_shutdown.connect
 def _stop(**_: Any) -> None:
     if _listener is not None:
         _listener.close()
+    if _direct is not None:
+        # Celery waits for the jobs of its own pool only.
+        _direct.close(_told()[0].drain_grace_s + FALL_GRACE_S)
     if _station is not None:
         _station.close()
 
 
-def _served(queues: list[str], regions: dict[str, routing.Region]) -> tuple[str, list[JobType]]:
-    """The region and the job types that the -Q option names."""
-    served: list[tuple[str, JobType]] = []
-    for queue in queues:
-        try:
-            served.append(routing.split_queue(queue))
-        except ValueError as error:
-            raise settings.SettingsError(
-                f"-Q {queue}: not a queue of ours. Name queues as region.type, such as asia-east.llm."
-            ) from error
-    names = {region for region, _ in served}
-    if len(names) != 1:
+def _told() -> tuple[settings.WorkerSettings, routing.Region]:
+    """What this worker was told, and the region it serves; read once, before Celery connects."""
+    if _worker is None or _home is None:
+        raise RuntimeError("Nothing was configured: this is not a worker started by `celery -A tasks worker`.")
+    return _worker, _home
+
+
+def _named_region(queues: list[str]) -> str | None:
+    """The one region that the -Q option names; None without that option. Raises SettingsError."""
+    names = {region for region, _ in map(_split, queues)}
+    if len(names) > 1:
         raise settings.SettingsError("Name the queues of one region with -Q, such as -Q asia-east.llm.")
-    region = names.pop()
-    if region not in regions:
-        raise settings.SettingsError(f"-Q: region {region!r} is not configured; there are {', '.join(regions)}.")
-    return region, list(dict.fromkeys(job_type for _, job_type in served))
+    return next(iter(names), None)
 
 
-def _load(
-    types: list[JobType], worker: settings.WorkerSettings
-) -> tuple[dict[JobType, Engine], dict[JobType, str], dict[JobType, str], str]:
-    """Load every engine on the device this process owns: engines, model ids, what to tell with answers, the device."""
+def _served(queues: list[str]) -> list[JobType]:
+    """The job types of the queues, each once."""
+    return list(dict.fromkeys(job_type for _, job_type in map(_split, queues)))
+
+
+def _split(queue: str) -> tuple[str, JobType]:
+    try:
+        return routing.split_queue(queue)
+    except ValueError as error:
+        raise settings.SettingsError(
+            f"-Q {queue}: not a queue of ours. Name queues as region.type, such as asia-east.llm."
+        ) from error
+
+
+def _refuse(error: Exception, code: int = EXIT_CONFIG) -> NoReturn:
+    """End the worker with one line that says why."""
+    # Not to stderr: that of a worker in the background goes nowhere.
+    logger.critical("The worker cannot start: %s", error)
+    sys.exit(code)
+
+
+def _choose(types: list[JobType], worker: settings.WorkerSettings) -> tuple[dict[JobType, Model], Device]:
+    """The model of each type, in the order to load them, and the device that this process owns."""
     index = worker.device_id
     if index is not None and "CUDA_VISIBLE_DEVICES" not in os.environ:
         # Before torch is imported: CUDA reads it once and cannot be told otherwise later. The device is then the
@@ -173,19 +229,98 @@ def _load(
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from engines import loading
 
-    chosen: dict[JobType, Model] = {
-        job_type: loading.resolve(job_type, name) for job_type, name in worker.models.items() if job_type in types
+    named: dict[JobType, Model] = {
+        job_type: _resolve(job_type, name) for job_type, name in worker.models.items() if job_type in types
     }
     device = Device("cpu")
-    if len(chosen) < len(types) or any(model.on_device for model in chosen.values()):
+    if len(named) < len(types) or any(model.on_device for model in named.values()):
         device = loading.detect_device(index, worker.dtype, worker.max_memory_gib, worker.offload)
     defaults = DEFAULT_ON_CPU if device.name == "cpu" else DEFAULT_ON_GPU
+    # The language model last: its cache takes its share of what the others have left.
+    ordered = sorted(types, key=lambda job_type: job_type is JobType.LLM)
+    return {
+        job_type: named.get(job_type) or loading.resolve(job_type, defaults[job_type]) for job_type in ordered
+    }, device
+
+
+def _open_door(worker: settings.WorkerSettings, card: Card, home: routing.Region) -> tuple[socket.socket | None, Card]:
+    """The port of direct mode, and the card with its address; neither without direct mode. Raises SettingsError."""
+    listen = worker.direct
+    if not listen.enabled:
+        return None, card
+    # Not at the top: it loads an HTTP server, which no other worker needs.
+    from tasks import direct
+
+    try:
+        door = direct.bind(listen)
+        url = direct.public_url(listen, home.store)
+    except OSError as error:
+        raise settings.SettingsError(
+            f"direct.host {listen.host}, direct.port {listen.port} (GPU_DIRECT_PORT): {error.strerror or error}."
+        ) from error
+    return door, dataclasses.replace(card, direct_url=url)
+
+
+def _duty(engines: Mapping[JobType, Engine], worker: settings.WorkerSettings) -> Duty:
+    """The slots that the engines have, and when they may be filled."""
+    cap, start, end = worker.max_concurrent_jobs, worker.working_hours_start, worker.working_hours_end
+    zone = ZoneInfo(worker.timezone) if worker.timezone else None
+    return Duty(
+        {job_type: min(engine.slots, cap or engine.slots) for job_type, engine in engines.items()},
+        max_jobs=cap,
+        hours=None if start is None or end is None else Hours(start, end, zone),
+        acceptance_rate=worker.acceptance_rate,
+        poll_s=worker.poll_interval_s,
+    )
+
+
+def _resolve(job_type: JobType, name: str) -> Model:
+    """The model that the settings name. Raises SettingsError, which says where they do."""
+    from engines import loading
+
+    try:
+        return loading.resolve(job_type, name)
+    except UnknownModel as error:
+        variable = next(variable for variable, known in settings.MODEL_VARIABLES.items() if known is job_type)
+        raise settings.SettingsError(f"{settings.where(os.environ, variable)}: {error}") from error
+
+
+def _card(worker: settings.WorkerSettings, region: str, chosen: dict[JobType, Model], device: Device) -> Card:
+    """What the worker says of itself before its engines are loaded."""
+    from engines import loading
+
+    host = socket.gethostname()
+    name = worker.name or f"{region}-{host}-{device.name.replace(':', '')}"
+    gpu_name, gpu_memory_gib = loading.describe(device)
+    return Card(
+        # Part of keys in the store and of paths of the API, unlike the name, which may be of any script.
+        worker_id=f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name).strip('-') or 'worker'}-{uuid.uuid4().hex[:8]}",
+        name=name,
+        region=region,
+        host=host,
+        device=device.name,
+        models={job_type: model.id for job_type, model in chosen.items()},
+        slots=dict.fromkeys(chosen, 0),
+        started_at=time.time(),
+        state=WorkerState.LOADING,
+        country=worker.country,
+        city=worker.city,
+        gpu_name=gpu_name,
+        gpu_memory_gib=gpu_memory_gib,
+        version=settings.version(),
+    )
+
+
+def _load(
+    chosen: dict[JobType, Model], device: Device, worker: settings.WorkerSettings
+) -> tuple[dict[JobType, Engine], dict[JobType, str], dict[JobType, str]]:
+    """Load every engine: engines, model ids, what to tell with answers."""
+    from engines import loading
+
     engines: dict[JobType, Engine] = {}
     models: dict[JobType, str] = {}
     warnings: dict[JobType, str] = {}
-    # The language model last: its cache takes its share of what the others have left.
-    for job_type in sorted(types, key=lambda job_type: job_type is JobType.LLM):
-        model = chosen.get(job_type) or loading.resolve(job_type, defaults[job_type])
+    for job_type, model in chosen.items():
         began = time.monotonic()
         engines[job_type] = loading.load(model, device)
         models[job_type] = model.id
@@ -193,4 +328,4 @@ def _load(
             warnings[job_type] = warning
             logger.warning("%s", warning)
         logger.info("%s loaded on %s in %.1f s", model.id, device.name, time.monotonic() - began)
-    return engines, models, warnings, device.name
+    return engines, models, warnings

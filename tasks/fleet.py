@@ -2,10 +2,11 @@
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from enum import StrEnum
 
 from engines.catalogue import JobType
+from tasks import routing
 from tasks.routing import Load
 
 
@@ -67,13 +68,55 @@ class Card:
         return cls(**{**said, "state": WorkerState(said["state"])})
 
 
-def load_of(cards: Iterable[Card], job_type: JobType, model: str | None = None, *, service_s: float | None) -> Load:
-    """What the given workers of one region can do for a type; model: for jobs that name it."""
-    able = [
+class Roster:
+    """The live workers of one store as they were read together; what a region can do is added up once."""
+
+    def __init__(self, cards: Iterable[Card]) -> None:
+        self._by_region: dict[str, list[Card]] = {}
+        for card in cards:
+            self._by_region.setdefault(card.region, []).append(card)
+        self._loads: dict[tuple[str, JobType, str | None], Load] = {}
+        self._beside: dict[tuple[str, JobType, str | None], list[str]] = {}
+
+    def of(self, region: str) -> list[Card]:
+        """The region's workers."""
+        return self._by_region.get(region, [])
+
+    def load(self, region: str, job_type: JobType, model: str | None = None, *, service_s: float | None) -> Load:
+        """What the region's workers can do for a type; model: for jobs that name it."""
+        key = (region, job_type, model)
+        found = self._loads.get(key)
+        if found is None:
+            found = self._loads[key] = load_of(self.of(region), job_type, model, service_s=None)
+        return replace(found, service_s=service_s)
+
+    def beside(self, region: str, job_type: JobType, model: str | None = None) -> list[str]:
+        """Queues whose jobs wait for the same workers as those of the type, or of the type that name the model."""
+        key = (region, job_type, model)
+        found = self._beside.get(key)
+        if found is None:
+            takers = able(self.of(region), job_type, model)
+            models: set[str | None] = {None} if model else {card.models.get(job_type) for card in takers} - {None}
+            names = {routing.queue_name(region, job_type, other) for other in models} if takers else set()
+            found = self._beside[key] = sorted(names)
+        return found
+
+
+def able(cards: Iterable[Card], job_type: JobType, model: str | None = None) -> list[Card]:
+    """Those of the workers that take jobs of a type; model: jobs that name it."""
+    return [
         card
         for card in cards
         if card.state is WorkerState.READY and job_type in card.slots and model in (None, card.models.get(job_type))
     ]
-    slots = sum(card.slots[job_type] for card in able)
-    busy = sum(card.busy.get(job_type, 0) for card in able)
-    return Load(slots=slots, free=max(slots - busy, 0), service_s=service_s)
+
+
+def load_of(cards: Iterable[Card], job_type: JobType, model: str | None = None, *, service_s: float | None) -> Load:
+    """What the given workers of one region can do for a type; model: for jobs that name it."""
+    everybody = able(cards, job_type)
+    takers = able(everybody, job_type, model)
+    slots = sum(card.slots[job_type] for card in takers)
+    busy = sum(card.busy.get(job_type, 0) for card in takers)
+    # Jobs that name no model are spread over all, and this share of them over those that hold it.
+    share = slots / max(sum(card.slots[job_type] for card in everybody), 1)
+    return Load(slots=slots, free=max(slots - busy, 0), service_s=service_s, share_beside=share)

@@ -22,4 +22,6 @@ def infer(task: Any, job_id: str, attempt: int) -> str:
 
 
 for _job_type in JobType:
-    celery.task(bind=True, name=f"tasks.{_job_type}", throws=(JobFailed,), base=Task)(infer)
+    celery.task(
+        bind=True, name=f"tasks.{_job_type}", throws=(JobFailed,), base=Task, Request="tasks.consuming:Request"
+    )(infer)

@@ -88,5 +88,32 @@ class Envelope:
         return cls(**fields)
 
 
+@dataclass(frozen=True, slots=True)
+class DirectJob:
+    """A job that its client brought to the worker: what its row will say, which is made of it afterwards."""
+
+    owner: str
+    type: JobType
+    #: The model it had to have, as the catalogue and as its client calls it; None for any.
+    model: str | None
+    requested_model: str | None
+    priority: int
+    region: str
+    #: The region that its client named.
+    region_wanted: str | None
+    allow_cross_region: bool
+    timeout_seconds: float
+
+    def encode(self) -> str:
+        """As JSON text."""
+        return json.dumps(asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def decode(cls, text: str) -> "DirectJob":
+        """The job that encode() wrote."""
+        fields = json.loads(text)
+        return cls(**{**fields, "type": JobType(fields["type"])})
+
+
 class JobFailed(Exception):
     """The job failed and that has been recorded; raised only so that Flower shows a failure."""

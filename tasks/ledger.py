@@ -5,40 +5,55 @@ that began it: whoever no longer matches both cannot write. The SQL row remains 
 
 Keys of a region's store:
     job:{id}          hash    state, attempt, worker, params, timeout_s, outcome, cancel, deliveries, progress, and its
-                              place: wait, score
+                              place: wait, score, begun; or direct, if its client brought it to the worker
     wait:{queue}      zset    queued jobs of a region and type (and model), by priority and arrival: position, depth
+    begun:{queue}     zset    jobs of it that run, by when they began in unix milliseconds
     queues            hash    every queue that jobs were entered for, and the model it is for, or ''
     lease:{worker}    string  a worker's card; gone 10 s after its last beat
-    workers           zset    every worker seen, by its last beat
+    workers           zset    every worker that beats, by its last beat; it leaves when its jobs have been taken over
     running:{worker}  set     the jobs it runs
+    ended             set     workers that gave their lease up; they leave like those whose lease ran out
+    cards             hash    the last card of every worker that beats or is lost
+    lost              zset    workers that left without a word, by their last beat; shown for a day
+    names             hash    which worker came last under each name
+    orders            hash    by name: "drain" for workers that must take no new jobs, also after a restart
+    reliability:{name} hash   a worker's good outcomes and faults, fading; gone after eight half-lives
     news              zset    jobs whose record changed since it was last copied into the row, by sequence
     done:{id}         list    what sync waiters block on: when it started, and the envelope
-    speed:{queue}     hash    running mean of the seconds a completed job took
+    speed:{queue}     hash    running mean of the seconds a completed job took, of a type and of each model that ran
+    direct:secret     string  what the tokens of direct mode are signed with
     epoch             string  made once per life of the store: another value means that everything was lost
 """
 
 import json
 import logging
+import secrets
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from engines.contract import Progress
-from tasks.job import MAX_ATTEMPTS, Envelope, Job, JobState
+from tasks import reliability
+from tasks.job import MAX_ATTEMPTS, DirectJob, Envelope, Job, JobState
+from tasks.reliability import Tally
 
 logger = logging.getLogger(__name__)
 
 LEASE_S = 10.0
 BEAT_S = 2.0
+#: How long a lost worker is shown.
+LOST_TTL_S = 24 * 3600
+#: What an order to drain says, in the store and when it is pushed to the worker; and what takes it back.
+DRAIN, RESUME = "drain", "resume"
 #: How long an outcome that nobody folded is kept.
 OUTCOME_TTL_S = 24 * 3600
 #: How long the mark of a cancelled or folded job stays, for messages and submits that come late.
@@ -49,6 +64,8 @@ BULK_CHARS = 256 * 1024
 WAIT_SLICE_S = 5.0
 
 StoreError = redis.RedisError
+
+T = TypeVar("T")
 
 
 class Answer(StrEnum):
@@ -78,20 +95,44 @@ class Claim:
 
 
 @dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a queued job stands among those that wait for the same workers."""
+
+    #: Jobs before it in its own queue, and in the queues beside it.
+    before: int
+    before_beside: int
+    #: Jobs that run of its own queue, and of the queues beside it.
+    running: int
+    running_beside: int
+
+
+@dataclass(frozen=True, slots=True)
 class Entered:
-    """The answer to put(): the record's state, the place in the queue (1 is next) and the store's epoch."""
+    """The answer to put(): the record's state, where it stands if that is queued, and the store's epoch."""
 
     state: str
-    position: int | None
     epoch: str
+    standing: Standing | None
 
 
 @dataclass(frozen=True, slots=True)
 class Queued:
-    """One queue: how many jobs wait there, and the model it is for; None for any."""
+    """One queue: how many of its jobs wait, the model it is for (None for any), and how many run."""
 
     depth: int
     model: str | None
+    running: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """One queue: what waits, what runs, and how long it takes."""
+
+    depth: int
+    #: Seconds since each running job began, by the store's clock; the longest first.
+    elapsed_s: Sequence[float]
+    #: Running mean of a completed job's seconds; None until there was one.
+    mean_s: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,15 +145,31 @@ class Record:
     #: Unix seconds by the store's clock.
     started_at: float | None
     outcome: Envelope | None
+    #: Set if its client brought it to the worker: then it may have no row yet.
+    direct: DirectJob | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """The answer to beat(), as job ids."""
+    """The answer to beat(): job ids, and whether the worker must drain."""
 
     cancelled: Sequence[str]
     lost: Sequence[str]
     ghosts: Sequence[str]
+    drained: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A worker as the store knows it."""
+
+    worker_id: str
+    #: What it last showed, as fleet.Card.encode() wrote it.
+    card: str
+    #: Unix seconds by the store's clock.
+    last_beat: float
+    #: Its lease is alive.
+    alive: bool
 
 
 def open_store(url: str, *, timeout_s: float, block_s: float = 0.0) -> redis.Redis:
@@ -140,34 +197,49 @@ class Ledger:
         self._waiting = waiting
         self._bulk = bulk or store
         scripts = {path.stem: path.read_text() for path in (Path(__file__).parent / "lua").glob("*.lua")}
+        count = scripts.pop("count")
+        for name in ("finish", "orphans"):
+            scripts[name] = count + scripts[name]
+        standing = scripts.pop("standing")
+        for name in ("put", "stand"):
+            scripts[name] = standing + scripts[name]
         self._run = {name: store.register_script(text) for name, text in scripts.items()}
 
     # The API's side
 
     def put(
-        self, job: Job, *, queue: str, model: str | None = None, priority: int, params: str, timeout_s: float
+        self,
+        job: Job,
+        *,
+        queue: str,
+        model: str | None = None,
+        priority: int,
+        params: str,
+        timeout_s: float,
+        beside: Sequence[str] = (),
     ) -> Entered:
         """Enter the attempt as queued, with its params as JSON text; a record that knows better is left alone.
 
-        model: the one that the queue is for.
+        model: the one that the queue is for. beside: queues whose jobs wait for the same workers.
         """
-        state, place, epoch = self._run["put"](
+        what: list[str | float] = [job.id, job.attempt, 9 - priority, params, timeout_s]
+        state, epoch, standing = self._run["put"](
             keys=[f"job:{job.id}", f"wait:{queue}", "seq", "epoch", "queues"],
-            args=[job.id, job.attempt, 9 - priority, params, timeout_s, uuid.uuid4().hex, queue, model or ""],
+            args=[*what, uuid.uuid4().hex, queue, model or "", *beside],
             client=self._client_for(params),
         )
-        return Entered(state, place + 1 if place >= 0 else None, epoch)
+        return Entered(state, epoch, Standing(*standing) if standing else None)
 
     def look(self, job_id: str) -> Record | None:
         """The record, or None where the store has none."""
-        fields = self.store.hmget(f"job:{job_id}", "state", "attempt", "worker", "started", "outcome")
+        fields = self.store.hmget(f"job:{job_id}", "state", "attempt", "worker", "started", "outcome", "direct")
         return _record(cast(list[str | None], fields))
 
     def look_all(self, job_ids: Sequence[str]) -> dict[str, Record]:
         """The records there are, by job id, in one round trip."""
         pipe = self.store.pipeline(transaction=False)
         for job_id in job_ids:
-            pipe.hmget(f"job:{job_id}", "state", "attempt", "worker", "started", "outcome")
+            pipe.hmget(f"job:{job_id}", "state", "attempt", "worker", "started", "outcome", "direct")
         found = ((job_id, _record(fields)) for job_id, fields in zip(job_ids, pipe.execute(), strict=True))
         return {job_id: record for job_id, record in found if record is not None}
 
@@ -186,7 +258,7 @@ class Ledger:
         if not said:
             return None
         started, _, text = said.partition(" ")
-        envelope = _envelope(text)
+        envelope = _read(Envelope.decode, text)
         if envelope is None:
             return None
         return Record("ended", envelope.attempt, envelope.worker_id, int(started) / 1000 if started else None, envelope)
@@ -196,16 +268,32 @@ class Ledger:
         rank = self.store.zrank(f"wait:{queue}", job_id)
         return None if rank is None else int(cast(int, rank)) + 1
 
+    def standing(self, job_id: str, queue: str, beside: Sequence[str] = ()) -> Standing | None:
+        """Where the job stands in its queue and against the queues beside it; None if it does not wait there."""
+        found = self._run["stand"](keys=[f"wait:{queue}"], args=[job_id, *beside])
+        return Standing(*found) if found else None
+
     def queues(self) -> dict[str, Queued]:
         """Every queue that jobs were ever entered for, by name."""
         models = cast(dict[str, str], self.store.hgetall("queues"))
         pipe = self.store.pipeline(transaction=False)
         for queue in models:
             pipe.zcard(f"wait:{queue}")
-        depths = pipe.execute() if models else []
+            pipe.zcard(f"begun:{queue}")
+        counts = pipe.execute() if models else []
         return {
-            queue: Queued(depth, model or None) for (queue, model), depth in zip(models.items(), depths, strict=True)
+            queue: Queued(depth, model or None, running)
+            for (queue, model), depth, running in zip(models.items(), counts[::2], counts[1::2], strict=True)
         }
+
+    def ahead(self, priority: int) -> dict[str, int]:
+        """How many jobs wait that would run before a new one of this priority, by queue."""
+        queues = cast(list[str], self.store.hkeys("queues"))
+        pipe = self.store.pipeline(transaction=False)
+        for queue in queues:
+            # put.lua: the rank times 2^48, plus the order of arrival.
+            pipe.zcount(f"wait:{queue}", "-inf", f"({(10 - priority) * 2**48}")
+        return dict(zip(queues, pipe.execute() if queues else [], strict=True))
 
     def progress(self, job_id: str) -> Progress | None:
         """How far a running job has come, as its worker last said."""
@@ -215,12 +303,29 @@ class Ledger:
         done, total, unit = said.split(" ", 2)
         return Progress(int(done), int(total) if total else None, unit)
 
-    def speeds(self, queues: Sequence[str]) -> dict[str, float]:
-        """Running mean of a job's seconds, for the queues that have completed one."""
+    def traffic(self, queues: Iterable[str]) -> dict[str, Traffic]:
+        """What waits and runs in these queues and in every other that jobs were ever entered for."""
+        names = sorted({*queues, *cast(list[str], self.store.hkeys("queues"))})
         pipe = self.store.pipeline(transaction=False)
-        for queue in queues:
+        pipe.time()
+        for queue in names:
+            pipe.zcard(f"wait:{queue}")
+            pipe.zrange(f"begun:{queue}", 0, -1, withscores=True)
             pipe.hget(f"speed:{queue}", "mean_s")
-        return {queue: float(mean) for queue, mean in zip(queues, pipe.execute(), strict=True) if mean is not None}
+        (seconds, microseconds), *found = pipe.execute()
+        now = seconds + microseconds / 1e6
+        return {
+            queue: Traffic(depth, [max(now - at / 1000, 0.0) for _, at in begun], None if mean is None else float(mean))
+            for queue, depth, begun, mean in zip(names, found[::3], found[1::3], found[2::3], strict=True)
+        }
+
+    def direct_secret(self) -> str:
+        """What the region's tokens are signed with; made now if there is none. To change it, delete the key."""
+        found = cast(str | None, self.store.get("direct:secret"))
+        if found is None:
+            self.store.set("direct:secret", secrets.token_hex(32), nx=True)
+            found = str(self.store.get("direct:secret"))
+        return found
 
     # The reconciler's side
 
@@ -242,33 +347,46 @@ class Ledger:
         """Drop what the rows now hold; the bare record stays a while to answer late messages."""
         pipe = self.store.pipeline(transaction=False)
         for job_id in job_ids:
-            pipe.hdel(f"job:{job_id}", "outcome", "params")
+            pipe.hdel(f"job:{job_id}", "outcome", "params", "direct")
             pipe.expire(f"job:{job_id}", TOMBSTONE_TTL_S)
         pipe.execute()
 
     def orphans(self) -> list[tuple[str, str]]:
-        """(worker id, job id) of every job whose worker's lease has ended."""
-        workers = cast(list[str], self.store.zrange("workers", 0, -1))
-        if not workers:
-            return []
-        pipe = self.store.pipeline(transaction=False)
-        for worker in workers:
-            pipe.exists(f"lease:{worker}")
-            pipe.smembers(f"running:{worker}")
-        answers = pipe.execute()
-        dead = [
-            (worker, jobs)
-            for worker, alive, jobs in zip(workers, answers[::2], answers[1::2], strict=True)
-            if not alive
-        ]
-        empty = [worker for worker, jobs in dead if not jobs]
-        if empty:
-            self.store.zrem("workers", *empty)
-        return [(worker, job_id) for worker, jobs in dead for job_id in jobs]
+        """(worker id, job id) of every job whose worker's lease has ended; a worker that was lost is counted once."""
+        found = self._run["orphans"](
+            keys=["workers", "ended", "cards", "lost", "names"],
+            args=[int(LEASE_S), LOST_TTL_S, reliability.LOST_FAULTS, reliability.HALF_LIFE_S],
+        )
+        return list(zip(found[::2], found[1::2], strict=True))
 
     def bury(self, worker_id: str, job_id: str) -> None:
         """The job is no longer the dead worker's; its row has been dealt with."""
-        self.store.srem(f"running:{worker_id}", job_id)
+        self._run["bury"](keys=[f"job:{job_id}", f"running:{worker_id}"], args=[job_id, worker_id])
+
+    def anyone_listens(self, worker_ids: Sequence[str]) -> bool:
+        """Whether at least one of the workers has its control channel open, as each that is alive does."""
+        channels = [f"ctl:{worker_id}" for worker_id in worker_ids]
+        counts = cast(list[tuple[str, int]], self.store.pubsub_numsub(*channels))
+        return any(listeners for _, listeners in counts)
+
+    def withdraw(self, moved: Iterable[tuple[str, int]]) -> None:
+        """Drop what these jobs left behind, given as (id, present attempt); whoever waits for them is woken.
+
+        An attempt that has an outcome keeps it, and the present attempt is left alone.
+        """
+        if words := [word for pair in moved for word in pair]:
+            self._run["withdraw"](keys=[], args=[TOMBSTONE_TTL_S, *words])
+
+    def entered(self) -> Iterator[list[str]]:
+        """Ids of all jobs that wait or run here, some at a time; one that changes meanwhile may be missed."""
+        for queue in cast(list[str], self.store.hkeys("queues")):
+            for place in (f"wait:{queue}", f"begun:{queue}"):
+                cursor = None
+                while cursor != 0:
+                    cursor, found = cast(
+                        tuple[int, list[tuple[str, float]]], self.store.zscan(place, cursor or 0, count=1000)
+                    )
+                    yield [job_id for job_id, _ in found]
 
     # The worker's side
 
@@ -281,8 +399,23 @@ class Ledger:
             return Claim(Answer(answer), {}, 0.0)
         return Claim(Answer.RUN, json.loads(rest[0]), float(rest[1]))
 
-    def finish(self, envelope: Envelope, *, queue: str) -> bool:
-        """Hand in an outcome, and wake everyone who waits for it; False if the attempt is no longer ours."""
+    def enter(self, job_id: str, direct: DirectJob, *, worker_id: str) -> float | None:
+        """Enter a job that its client brought to the worker, as begun: when, in unix seconds; None if the id is used.
+
+        It has no place in any queue, and its params stay with the worker: nobody else will run it.
+        """
+        started = self._run["enter"](
+            keys=[f"job:{job_id}", "seq", "news", f"running:{worker_id}", f"begun:{direct.region}.{direct.type}"],
+            args=[job_id, worker_id, direct.timeout_seconds, direct.encode()],
+        )
+        return started / 1000 if started else None
+
+    def finish(self, envelope: Envelope, *, queue: str, name: str = "", model_queue: str | None = None) -> bool:
+        """Hand in an outcome, and wake everyone who waits for it; False if the attempt is no longer ours.
+
+        name: the worker's, for which the outcome counts; without it it counts for nobody.
+        queue: the type's, and model_queue the one of the jobs that name the model that ran: whose mean it enters.
+        """
         ran = envelope.run_s if envelope.outcome is JobState.COMPLETED else ""
         text = envelope.encode()
         return bool(
@@ -296,6 +429,8 @@ class Ledger:
                     f"celery-task-meta-{envelope.job_id}",
                     f"done:{envelope.job_id}",
                     f"speed:{queue}",
+                    f"reliability:{name}",
+                    *([f"speed:{model_queue}"] if model_queue else []),
                 ],
                 args=[
                     envelope.job_id,
@@ -305,6 +440,8 @@ class Ledger:
                     _celery_result(envelope),
                     OUTCOME_TTL_S,
                     ran,
+                    *(reliability.weigh(envelope) if name else (0, 0)),
+                    reliability.HALF_LIFE_S,
                 ],
             )
         )
@@ -314,13 +451,18 @@ class Ledger:
         keys = [f"job:{job.id}", "seq", "news", f"running:{worker_id}"]
         return bool(self._run["release"](keys=keys, args=[job.id, job.attempt, worker_id]))
 
-    def beat(self, worker_id: str, card: str, running: Sequence[str]) -> Heard:
-        """Renew the lease, show the card, and hear of cancels and of jobs that were taken away."""
-        cancelled, lost, ghosts = self._run["beat"](
-            keys=[f"lease:{worker_id}", "workers", f"running:{worker_id}"],
-            args=[worker_id, int(LEASE_S * 1000), card, *running],
+    def beat(
+        self, worker_id: str, card: str, running: Sequence[str], *, name: str = "", lease_s: float = LEASE_S
+    ) -> Heard:
+        """Renew the lease, show the card, and hear of cancels, of jobs that were taken away, and of orders.
+
+        name: what the worker is called, to which orders are given; its id by default.
+        """
+        cancelled, lost, ghosts, drained = self._run["beat"](
+            keys=[f"lease:{worker_id}", "workers", f"running:{worker_id}", "cards", "lost", "names", "orders"],
+            args=[worker_id, int(lease_s * 1000), card, name or worker_id, *running],
         )
-        return Heard(cancelled, lost, ghosts)
+        return Heard(cancelled, lost, ghosts, bool(drained))
 
     def tell(self, worker_id: str, progress: Mapping[str, Progress]) -> None:
         """Show how far jobs have come that the worker holds, by job id."""
@@ -331,9 +473,13 @@ class Ledger:
         ]
         self._run["tell"](keys=[], args=[worker_id, *said])
 
-    def retire(self, worker_id: str) -> None:
-        """End the lease now; what the worker still held is taken over at once."""
-        self.store.delete(f"lease:{worker_id}")
+    def retire(self, worker_id: str, *, name: str = "", told: bool = True) -> None:
+        """End the lease now; what the worker still held is taken over at once.
+
+        told: it goes because somebody said so, and is not missed. Otherwise it is lost until it is started again.
+        """
+        keys = [f"lease:{worker_id}", "ended", "cards", "names"]
+        self._run["retire"](keys=keys, args=[worker_id, name or worker_id, int(told)])
 
     def cards(self) -> list[str]:
         """The cards of all workers whose lease is alive."""
@@ -342,6 +488,61 @@ class Ledger:
             return []
         cards = cast(list[str | None], self.store.mget([f"lease:{worker}" for worker in workers]))
         return [card for card in cards if card is not None]
+
+    # The fleet
+
+    def fleet(self) -> list[Seen]:
+        """Every worker that beats, and every one that was lost within a day."""
+        pipe = self.store.pipeline(transaction=False)
+        pipe.zrange("lost", 0, -1, withscores=True)
+        pipe.zrange("workers", 0, -1, withscores=True)
+        pipe.hgetall("cards")
+        lost, beating, cards = cast(
+            tuple[list[tuple[str, float]], list[tuple[str, float]], dict[str, str]], pipe.execute()
+        )
+        for worker_id, _ in beating:
+            pipe.exists(f"lease:{worker_id}")
+        alive = {
+            worker_id for (worker_id, _), held in zip(beating, pipe.execute() if beating else [], strict=True) if held
+        }
+        return [
+            Seen(worker_id, cards[worker_id], beat, worker_id in alive)
+            # One that has just come back may be in both.
+            for worker_id, beat in {**dict(lost), **dict(beating)}.items()
+            if worker_id in cards
+        ]
+
+    def orders(self) -> set[str]:
+        """Names of the workers that must drain, also of those that are not there."""
+        return set(cast(list[str], self.store.hkeys("orders")))
+
+    def order(self, name: str, worker_ids: Iterable[str], *, drain: bool) -> None:
+        """Tell the workers of a name to take no new jobs, or that they may again.
+
+        worker_ids: those that hear it at once; any other with its next beat, also after a restart.
+        """
+        pipe = self.store.pipeline(transaction=True)
+        if drain:
+            pipe.hset("orders", name, DRAIN)
+        else:
+            pipe.hdel("orders", name)
+        for worker_id in worker_ids:
+            pipe.publish(f"ctl:{worker_id}", DRAIN if drain else RESUME)
+        pipe.execute()
+
+    def tallies(self, names: Iterable[str]) -> dict[str, Tally]:
+        """What the workers of these names did, faded to now."""
+        wanted = list(dict.fromkeys(names))
+        pipe = self.store.pipeline(transaction=False)
+        pipe.time()
+        for name in wanted:
+            pipe.hmget(f"reliability:{name}", "good", "faults", "at")
+        (seconds, microseconds), *found = pipe.execute()
+        now = seconds + microseconds / 1e6
+        return {
+            name: reliability.decayed(Tally(*(float(value or 0) for value in values)), now)
+            for name, values in zip(wanted, found, strict=True)
+        }
 
     def _client_for(self, text: str) -> redis.Redis:
         if len(text) <= BULK_CHARS or self._bulk is self.store:
@@ -352,7 +553,7 @@ class Ledger:
 
 
 def _record(fields: list[str | None]) -> Record | None:
-    state, attempt, worker, started, outcome = fields
+    state, attempt, worker, started, outcome, direct = fields
     if state is None:
         return None
     return Record(
@@ -360,16 +561,17 @@ def _record(fields: list[str | None]) -> Record | None:
         attempt=int(attempt or 0),
         worker_id=worker,
         started_at=int(started) / 1000 if started else None,
-        outcome=_envelope(outcome) if outcome else None,
+        outcome=_read(Envelope.decode, outcome),
+        direct=_read(DirectJob.decode, direct),
     )
 
 
-def _envelope(text: str) -> Envelope | None:
+def _read(decode: Callable[[str], T], text: str | None) -> T | None:
     """None for what no worker of ours wrote: one such record must not hold up all the others."""
     try:
-        return Envelope.decode(text)
+        return decode(text) if text else None
     except (ValueError, TypeError, KeyError) as error:
-        logger.error("an outcome in the store cannot be read and is ignored: %s", type(error).__name__)
+        logger.error("a record in the store cannot be read and is ignored: %s", type(error).__name__)
         return None
 
 

@@ -39,6 +39,7 @@ class Publisher:
         self._app.conf.update(
             broker_url=broker,
             result_backend=None,
+            broker_use_ssl=celeryconfig.tls_for(broker),
             broker_connection_timeout=TIMEOUT_S,
             broker_transport_options={**celeryconfig.transport_options_for(broker), **_bounds(broker)},
         )
@@ -142,5 +143,9 @@ def _new_connection_may_help(error: Exception) -> bool:
 
 def _bounds(broker: str) -> dict[str, float]:
     if routing.is_amqp(broker):
-        return {"connect_timeout": TIMEOUT_S, "read_timeout": TIMEOUT_S, "write_timeout": TIMEOUT_S, "max_retries": 0}
+        timeouts = dict.fromkeys(("connect_timeout", "read_timeout", "write_timeout"), TIMEOUT_S)
+        # Unconfirmed, a publish to a frozen broker succeeds at once, and the message may be lost. Only here: a worker
+        # publishes nothing but events, from its job threads, and one that waits for its confirm without end holds the
+        # lock for which the main thread then waits, so that the worker never takes another message.
+        return {**timeouts, "max_retries": 0, "confirm_publish": True}
     return {"socket_timeout": TIMEOUT_S, "socket_connect_timeout": TIMEOUT_S, "max_retries": 0}

@@ -1,13 +1,26 @@
-"""Settings of regions and workers, built from a mapping such as os.environ."""
+"""Settings of regions and workers, built from a mapping such as os.environ.
 
+`python -m tasks.settings` prints those of a worker that starts here.
+"""
+
+import difflib
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from engines.catalogue import JobType
+from tasks import config_file
+from tasks.options import BY_VARIABLE, OPTIONS, Option, near
+from tasks.options import EXIT_CONFIG as EXIT_CONFIG
+from tasks.options import MODEL_VARIABLES as MODEL_VARIABLES
+from tasks.options import DirectSettings as DirectSettings
+from tasks.options import SettingsError as SettingsError
+from tasks.options import WorkerSettings as WorkerSettings
 from tasks.routing import Region
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,8 +34,22 @@ PLACES: Mapping[str, tuple[float, float, tuple[str, ...]]] = {
 }
 
 
-class SettingsError(ValueError):
-    """A setting has a value that cannot be used; the message names it and the rule."""
+#: Variables of ours that config.yaml has no key for.
+OTHER_VARIABLES = (
+    "GPU_CONFIG",
+    "GPU_DATA_DIR",
+    "GPU_MODEL_DIR",
+    "GPU_ALLOW_ANONYMOUS",
+    "GPU_ADMIN_PORT",
+)
+
+
+#: What each key of a region in REGIONS must be.
+_ENTRY: Mapping[str, tuple[Any, str]] = {
+    **dict.fromkeys(("broker", "store", "worker_broker", "worker_store"), (str, "a URL, as text")),
+    **dict.fromkeys(("latitude", "longitude"), ((int, float), "a number of degrees")),
+    "countries": (list, "a list of country codes"),
+}
 
 
 def data_dir(environ: Mapping[str, str]) -> Path:
@@ -38,9 +65,10 @@ def default_store(environ: Mapping[str, str]) -> str:
 def load_regions(environ: Mapping[str, str]) -> dict[str, Region]:
     """Every region by name.
 
-    REGIONS is a JSON object of regions, each with any of broker, store, latitude, longitude, countries; what is left
-    out comes from GPU_BROKER_URL, GPU_STORE_URL and the seed's table. Without it: the seed's four on one broker and
-    store. The names are not BROKER_URL and STORE_URL, since Celery's command line takes BROKER_URL for its own option.
+    REGIONS is a JSON object of regions, each with any of broker, store, worker_broker, worker_store, latitude,
+    longitude, countries; what is left out comes from GPU_BROKER_URL, GPU_STORE_URL and the seed's table. Without it:
+    the seed's four on one broker and store. The names are not BROKER_URL and STORE_URL, since Celery's command line
+    takes BROKER_URL for its own option.
     """
     broker = environ.get("GPU_BROKER_URL") or f"{default_store(environ)}/0"
     store = environ.get("GPU_STORE_URL") or f"{default_store(environ)}/1"
@@ -55,9 +83,21 @@ def load_regions(environ: Mapping[str, str]) -> dict[str, Region]:
     regions = {}
     for name, entry in given.items():
         latitude, longitude, countries = PLACES.get(name, (0.0, 0.0, ()))
-        known = {"broker": broker, "store": store, "latitude": latitude, "longitude": longitude, "countries": countries}
+        known = {
+            "broker": broker,
+            "store": store,
+            "latitude": latitude,
+            "longitude": longitude,
+            "countries": countries,
+            "worker_broker": None,
+            "worker_store": None,
+        }
         if unknown := set(entry) - set(known):
             raise SettingsError(f"REGIONS: {name} has unknown keys {sorted(unknown)}; known are {sorted(known)}.")
+        for key, value in entry.items():
+            kind, rule = _ENTRY[key]
+            if not isinstance(value, kind) or (kind is list and not all(isinstance(item, str) for item in value)):
+                raise SettingsError(f"REGIONS: {key} of {name} must be {rule}.")
         regions[name] = Region(name=name, **{**known, **entry})
     return regions
 
@@ -66,110 +106,98 @@ def default_region(environ: Mapping[str, str], regions: Mapping[str, Region]) ->
     """GPU_REGION, else DEFAULT_REGION, else the first region. Raises SettingsError for one that is not configured."""
     name = environ.get("GPU_REGION") or environ.get("DEFAULT_REGION") or next(iter(regions))
     if name not in regions:
-        raise SettingsError(f"Region {name!r} is not configured; there are {', '.join(regions)}.")
+        raise SettingsError(f"Region {name!r} is not configured; there are {', '.join(regions)}.{near(name, regions)}")
     return name
 
 
-@dataclass(frozen=True, slots=True)
-class DirectSettings:
-    """Direct mode: the worker's own HTTP server."""
-
-    enabled: bool = False
-    host: str = "0.0.0.0"  # noqa: S104 - the seed's default; it serves holders of a token only
-    port: int = 8080
-    #: Where clients reach it; None means http:// and this host's address and port.
-    public_url: str | None = None
+def version() -> str:
+    """Of our own code, as pyproject.toml states it; empty where that file was not brought along."""
+    try:
+        stated: str = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    except FileNotFoundError:
+        return ""
+    return stated
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerSettings:
-    """What one worker process was told."""
+class Setting:
+    """One thing that a worker was told."""
 
-    #: Model id or folder per job type; missing means the catalogue's default for the device.
-    models: Mapping[JobType, str]
-    device_id: int | None
-    dtype: str
-    max_memory_gib: float | None
-    offload: bool
-    #: Cap on jobs at once; None means as many as the engines have slots.
-    max_concurrent_jobs: int | None
-    #: Seconds that running jobs may take to end after SIGTERM before they are given back.
-    drain_grace_s: float
-    #: What people call it; None means its region, host and device.
-    name: str | None = None
-    region: str | None = None
-    country: str | None = None
-    city: str | None = None
-    #: The types it serves where the command line names no queues; empty means all it has a default model for.
-    supported_types: tuple[JobType, ...] = ()
-    #: Where it asks for broker and store, with which key.
-    server_url: str | None = None
-    api_key: str | None = None
-    server_timeout_s: float = 30.0
-    verify_ssl: bool = True
-    #: Seconds between two showings of the card; the lease is renewed at least every 2 s whatever this is.
-    heartbeat_interval_s: float = 30.0
-    poll_interval_s: float = 2.0
-    direct: DirectSettings = DirectSettings()
-    #: Share of its capacity that it gives, 0 to 1.
-    acceptance_rate: float = 1.0
-    #: Whole hours of its own zone, 0 to 23; both or neither.
-    working_hours_start: int | None = None
-    working_hours_end: int | None = None
-    #: IANA name of its zone; None means the host's.
-    timezone: str | None = None
+    option: Option
+    #: As a variable states it; empty where the default holds.
+    text: str
+    #: Who said it, such as "GPU_REGION" or "config.yaml:2"; empty where the default holds.
+    source: str
+
+    @property
+    def where(self) -> str:
+        """How a message names it: by variable, or by line and key."""
+        if self.source in ("", self.option.variable):
+            return self.option.variable
+        return f"{self.source}: {self.option.path}"
 
 
-#: The seed's names of the model settings.
-MODEL_VARIABLES: Mapping[str, JobType] = {
-    "GPU_LLM_MODEL": JobType.LLM,
-    "GPU_IMAGE_MODEL": JobType.IMAGE_GEN,
-    "GPU_VISION_MODEL": JobType.VISION,
-    "GPU_WHISPER_MODEL": JobType.WHISPER,
-    "GPU_EMBEDDING_MODEL": JobType.EMBEDDING,
-}
+def gather(environ: Mapping[str, str]) -> list[Setting]:
+    """Every option with what holds and who said it: the variable, else config.yaml, else nobody.
+
+    A variable that is empty counts as left out; one that says null brings the default back over the file. What the
+    environment says is not checked yet. Raises SettingsError for a file that cannot be used.
+    """
+    path = config_file.find(environ, ROOT)
+    said = config_file.read(path) if path else {}
+    settings = []
+    for option in OPTIONS:
+        text, source = environ.get(option.variable, "").strip(), option.variable
+        if not text and option.variable in said:
+            text, source = said[option.variable].text, said[option.variable].where
+        settings.append(Setting(option, "", "") if text in ("", "null") else Setting(option, text, source))
+    return settings
+
+
+def where(environ: Mapping[str, str], variable: str) -> str:
+    """How a message names an option that was set: by its variable, or by file, line and key."""
+    return next(setting.where for setting in gather(environ) if setting.option.variable == variable)
+
+
+def effective(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment with what config.yaml says, under the variables' names. Raises SettingsError as gather does."""
+    others = {name: value for name, value in environ.items() if name not in BY_VARIABLE}
+    return {**others, **{setting.option.variable: setting.text for setting in gather(environ) if setting.source}}
 
 
 def load_worker(environ: Mapping[str, str] = os.environ) -> WorkerSettings:
-    """The worker's settings from its environment. Raises SettingsError."""
-    grace = _number(environ, "GPU_DRAIN_GRACE_SECONDS", 0)
+    """What the environment, config.yaml and the defaults tell a worker, in that order. Raises SettingsError."""
+    settings = gather(environ)
+    values: dict[str, Any] = {}
+    for setting in settings:
+        option = setting.option
+        values[option.target] = option.read(setting.text, setting.where) if setting.source else option.default
+    _both_or_neither(settings, "GPU_WORKING_HOURS_START", "GPU_WORKING_HOURS_END")
     return WorkerSettings(
-        models={job_type: environ[name] for name, job_type in MODEL_VARIABLES.items() if environ.get(name)},
-        device_id=_integer(environ, "GPU_DEVICE_ID", 0),
-        dtype=environ.get("GPU_DTYPE") or "auto",
-        max_memory_gib=_number(environ, "GPU_MAX_MEMORY_GB", 0),
-        offload=_truth(environ, "GPU_ENABLE_CPU_OFFLOAD", default=True),
-        max_concurrent_jobs=_integer(environ, "GPU_MAX_CONCURRENT_JOBS", 1),
-        drain_grace_s=30.0 if grace is None else grace,
+        **{target: value for target, value in values.items() if "." not in target},
+        models={job_type: value for job_type in JobType if (value := values[f"models.{job_type}"]) is not None},
+        direct=DirectSettings(**{field.name: values[f"direct.{field.name}"] for field in fields(DirectSettings)}),
     )
 
 
-def _number(environ: Mapping[str, str], name: str, least: float) -> float | None:
-    text = environ.get(name, "").strip()
-    if not text or text == "null":
-        return None
-    try:
-        value = float(text)
-    except ValueError as error:
-        raise SettingsError(f"{name} must be a number, not {text!r}.") from error
-    if not value >= least:
-        raise SettingsError(f"{name} must be at least {least:g}, not {text}.")
-    return value
+def misspelled(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables that are none of ours but look like one that is, with that one: nothing else would tell of a typo."""
+    known = [*BY_VARIABLE, *OTHER_VARIABLES]
+    strange = [name for name in environ if name.startswith("GPU_") and name not in known]
+    return {name: close[0] for name in strange if (close := difflib.get_close_matches(name, known, n=1, cutoff=0.85))}
 
 
-def _integer(environ: Mapping[str, str], name: str, least: int) -> int | None:
-    value = _number(environ, name, least)
-    if value is not None and value != int(value):
-        raise SettingsError(f"{name} must be a whole number, not {environ[name]}.")
-    return None if value is None else int(value)
+def _both_or_neither(settings: Iterable[Setting], *variables: str) -> None:
+    pair = [setting for setting in settings if setting.option.variable in variables]
+    told = [setting for setting in pair if setting.source]
+    if told and len(told) < len(pair):
+        missing = next(setting.option for setting in pair if not setting.source)
+        raise SettingsError(
+            f"{told[0].where} needs {missing.path} ({missing.variable}) beside it: set both or neither."
+        )
 
 
-def _truth(environ: Mapping[str, str], name: str, *, default: bool) -> bool:
-    text = environ.get(name, "").strip().lower()
-    if not text:
-        return default
-    if text in ("true", "1", "yes", "on"):
-        return True
-    if text in ("false", "0", "no", "off"):
-        return False
-    raise SettingsError(f"{name} must be true or false, not {text!r}.")
+if __name__ == "__main__":
+    from tasks.listing import main
+
+    sys.exit(main())

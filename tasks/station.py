@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from engines.catalogue import JobType
 from engines.contract import (
@@ -26,9 +27,10 @@ from engines.contract import (
     Text,
 )
 from tasks import routing
+from tasks.duty import Duty
 from tasks.fleet import Card, WorkerState
-from tasks.job import Envelope, Job, JobError, JobState
-from tasks.ledger import BEAT_S, Answer, Claim, Ledger, StoreError
+from tasks.job import DirectJob, Envelope, Job, JobError, JobState
+from tasks.ledger import BEAT_S, LEASE_S, Answer, Claim, Ledger, StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -38,17 +40,28 @@ HANG_GRACE_S = 10.0
 EXIT_BROKEN = 70
 #: How long interrupted jobs may take to be given back before the process exits without them.
 FALL_GRACE_S = 3.0
+#: The process of a drained worker ends so long after its grace period, or after it closed, whatever hangs.
+END_S = 6.0
 #: How often the progress of running jobs is shown.
 TELL_EVERY_S = 0.5
+#: While engines load, other threads may not run for a while; no job depends on that lease.
+LOADING_LEASE_S = 60.0
 _RETRY_S = 0.5
+_ABANDON_S = 1.0
+
+
+class StationClosed(Exception):
+    """This worker takes no new jobs now."""
 
 
 class Run:
     """One attempt that runs here; report() is what its engine calls."""
 
-    def __init__(self, job: Job, timeout_s: float) -> None:
+    def __init__(self, job: Job, timeout_s: float, listen: Callable[[Progress | Text], None] | None = None) -> None:
+        """listen: hears what the engine says, for the client that brought the job here; None for one of a queue."""
         self.job = job
         self.timeout_s = timeout_s
+        self.listen = listen
         self.began = time.monotonic()
         #: What the engine said last of how far it has come.
         self.progress: Progress | None = None
@@ -71,6 +84,13 @@ class Run:
             raise self._interruption
         if time.monotonic() > self.deadline:
             raise JobTimedOut(f"It ran longer than {self.timeout_s:g} s.")
+        if self.listen is not None:
+            self.listen(event)
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether its owner said so."""
+        return isinstance(self._interruption, JobCancelled)
 
 
 class Station:
@@ -83,23 +103,37 @@ class Station:
         ledger: Ledger,
         *,
         warnings: Mapping[JobType, str] | None = None,
+        duty: Duty | None = None,
         leave: Callable[[int], None] = os._exit,
         hang_grace_s: float = HANG_GRACE_S,
+        beat_s: float = BEAT_S,
     ) -> None:
         """warnings: what to tell with every answer of a type.
 
+        duty: by default it takes jobs at all times, as many as the card has slots for.
         leave: ends the process at once, whatever its other threads do.
         """
         self._card = card
         self._engines = engines
         self._ledger = ledger
         self._warnings = warnings or {}
+        self._duty = duty or Duty(card.slots)
         self._leave = leave
         self._hang_grace_s = hang_grace_s
+        self._beat_s = beat_s
         self._runs: dict[str, Run] = {}
         self._ghosts: set[str] = set()
         self._lock = threading.Lock()
         self._stop = threading.Event()
+        self._opened = False
+        #: Two beats at once might hear two orders in the wrong order.
+        self._beat_lock = threading.Lock()
+        #: Set to beat before it is time.
+        self._wake = threading.Event()
+        #: Set when the process must end, even if the store has not heard of every outcome.
+        self._hurry = threading.Event()
+        #: Somebody ordered it to take no new jobs.
+        self._drained = False
         self._fallen: str | None = None
         self._beating = threading.Thread(target=self._beat_for_ever, name="beat", daemon=True)
         self._telling = threading.Thread(target=self._tell_for_ever, name="progress", daemon=True)
@@ -114,12 +148,38 @@ class Station:
         """What this worker shows, as of now."""
         with self._lock:
             busy = Counter(run.job.type for run in self._runs.values())
-        return dataclasses.replace(self._card, busy=dict(busy))
+        state = self._duty.state if self._opened else self._card.state
+        return dataclasses.replace(self._card, busy=dict(busy), state=state)
+
+    @property
+    def duty(self) -> Duty:
+        """What decides whether one more job is taken."""
+        return self._duty
+
+    def announce(self) -> None:
+        """Show the card and keep the lease from now on, while the engines are being loaded; waits for nothing."""
+        self._wake.set()
+        self._beating.start()
+
+    def equip(
+        self,
+        engines: Mapping[JobType, Engine],
+        models: Mapping[JobType, str],
+        duty: Duty,
+        warnings: Mapping[JobType, str],
+    ) -> None:
+        """Take what has been loaded; jobs may come from now on, as the duty has it."""
+        self._engines, self._warnings, self._duty = engines, warnings, duty
+        self._card = dataclasses.replace(self._card, models=models, slots=duty.slots)
+        if self._drained:
+            duty.drain()
 
     def open(self) -> None:
-        """Show the card and keep the lease from now on."""
+        """Show that jobs are taken, and keep the lease from now on."""
+        self._opened = True
         self._try_to_beat()
-        self._beating.start()
+        if not self._beating.is_alive():
+            self._beating.start()
         self._telling.start()
 
     def close(self) -> None:
@@ -127,18 +187,43 @@ class Station:
         self.interrupt_all(JobReleased("The worker is shutting down."))
         self._wait_until_idle(FALL_GRACE_S)
         self._stop.set()
+        self._wake.set()
         if self._beating.is_alive():
             self._beating.join(timeout=2 * BEAT_S)
         try:
-            self._ledger.retire(self.worker_id)
+            self._ledger.retire(self.worker_id, name=self._card.name)
         except StoreError as error:
             logger.warning("the lease ends by itself; the store is away: %s", error)
         for engine in self._engines.values():
             engine.close()
 
-    def drain(self) -> None:
-        """Show that no new jobs are taken."""
-        self._card = dataclasses.replace(self._card, state=WorkerState.DRAINING)
+    def drain(self, grace_s: float | None = None) -> None:
+        """Take no new jobs, because the process is about to end.
+
+        grace_s: those that run may take so long; then they are given back, and soon the process ends, even if the
+        store is away or an engine hangs. None means as long as they like.
+        """
+        self._duty.finish()
+        # So that the card shows it.
+        self._wake.set()
+        if grace_s is not None:
+            threading.Thread(target=self._end_after, args=[grace_s], name="end", daemon=True).start()
+
+    def _end_after(self, grace_s: float) -> None:
+        self._stop.wait(grace_s)
+        self._hurry.set()
+        self.interrupt_all(JobReleased("The worker is shutting down."))
+        time.sleep(END_S)
+        logger.error("leaving, although something hangs: %d jobs still run", len(self._runs))
+        # In a thread of its own, since a frozen store is waited for.
+        abandoning = threading.Thread(target=self._abandon, kwargs={"told": True}, name="abandon", daemon=True)
+        abandoning.start()
+        abandoning.join(timeout=_ABANDON_S)
+        self._leave(0)
+
+    def beat_now(self) -> None:
+        """Hear at once what there is to hear."""
+        self._wake.set()
 
     def interrupt(self, job_id: str, interruption: JobInterrupted) -> None:
         """Stop one job at its next step, if it runs here."""
@@ -170,9 +255,45 @@ class Station:
             with self._lock:
                 self._runs.pop(job.id, None)
 
+    def enter(
+        self, job_id: str, direct: DirectJob, listen: Callable[[Progress | Text], None]
+    ) -> tuple[Run, float] | None:
+        """Begin a job that its client brought here: its run for serve(), and when it began in unix seconds.
+
+        None if the id was used before. Raises StationClosed, and StoreError: what cannot be recorded is not run.
+        """
+        if self._fallen is not None or self._stop.is_set() or self.card.state is not WorkerState.READY:
+            raise StationClosed
+        run = Run(Job(job_id, direct.type, 1), direct.timeout_seconds, listen)
+        # Before the ledger has it, or a beat in between would call it a ghost.
+        with self._lock:
+            if job_id in self._runs:
+                return None
+            self._runs[job_id] = run
+        started_at = None
+        try:
+            started_at = self._ledger.enter(job_id, direct, worker_id=self.worker_id)
+        finally:
+            if started_at is None:
+                with self._lock:
+                    self._runs.pop(job_id, None)
+        return None if started_at is None else (run, started_at)
+
+    def serve(self, run: Run, params: Mapping[str, Any]) -> Envelope:
+        """Run what enter() has begun, record what came of it, and say the same to its client."""
+        try:
+            envelope = self._outcome(run, Claim(Answer.RUN, params, run.timeout_s))
+            if envelope is None or self._conclude(run, envelope) == "discarded":
+                message = "Its worker cannot go on, or was thought lost; send it again."
+                return self._envelope(run, JobState.FAILED, error=JobError("worker_lost", message))
+            return envelope
+        finally:
+            with self._lock:
+                self._runs.pop(run.job.id, None)
+
     def _begin(self, job: Job) -> Claim | None:
         token = uuid.uuid4().hex
-        while not self._stop.is_set() and self._fallen is None:
+        while not self._stop.is_set() and not self._hurry.is_set() and self._fallen is None:
             try:
                 return self._ledger.begin(job, worker_id=self.worker_id, token=token)
             except StoreError as error:
@@ -188,6 +309,9 @@ class Station:
             if engine is None:
                 raise EngineError(f"This worker runs no {job.type}.", code="no_engine")
             result = engine.run(claim.params, run.report)
+            if run.listen is not None and run.cancelled:
+                # Its client is answered before the row is written: a cancel that came during the last step must win.
+                raise JobCancelled
             if warning := self._warnings.get(job.type):
                 result["warnings"] = [warning, *result.get("warnings", [])]
             return self._envelope(run, JobState.COMPLETED, result=result)
@@ -196,6 +320,8 @@ class Station:
         except JobTimedOut as error:
             return self._envelope(run, JobState.TIMEOUT, error=JobError("run_timeout", str(error)))
         except JobReleased as error:
+            if run.listen is not None:
+                return self._envelope(run, JobState.FAILED, error=JobError("worker_stopped", str(error)))
             logger.info("job %s is given back: %s", job.id, error)
             self._patiently(job, lambda: self._ledger.release(job, worker_id=self.worker_id))
             return None
@@ -214,19 +340,26 @@ class Station:
         if envelope is None:
             return "released" if self._fallen is None else "abandoned"
         queue = routing.queue_name(self._card.region, run.job.type)
-        taken = self._patiently(run.job, lambda: self._ledger.finish(envelope, queue=queue))
+        model_queue = routing.queue_name(self._card.region, run.job.type, self._card.models.get(run.job.type))
+        taken = self._patiently(
+            run.job,
+            lambda: self._ledger.finish(envelope, queue=queue, name=self._card.name, model_queue=model_queue),
+        )
         word = str(envelope.outcome) if taken else "discarded"
         logger.info("job %s attempt %d: %s after %.3f s", run.job.id, run.job.attempt, word, envelope.run_s)
         return word
 
     def _patiently(self, job: Job, write: Callable[[], bool]) -> bool:
-        """The write's answer, once the store takes it; a store that is away for longer than the process has lost it."""
+        """The write's answer, once the store takes it; a store that is away for longer than the process has lost it.
+
+        The attempt then ends with its lease, and the job runs again elsewhere.
+        """
         while True:
             try:
                 return write()
             except StoreError as error:
                 logger.warning("job %s: the store is away: %s", job.id, error)
-                if self._stop.wait(_RETRY_S):
+                if self._hurry.is_set() or self._stop.wait(_RETRY_S):
                     return False
 
     def _envelope(
@@ -246,20 +379,32 @@ class Station:
     # The beat
 
     def _beat_for_ever(self) -> None:
-        while not self._stop.wait(BEAT_S):
+        while not self._stop.is_set():
+            self._wake.wait(self._beat_s)
+            self._wake.clear()
+            if self._stop.is_set():
+                return
             self._try_to_beat()
             self._watch()
 
     def _try_to_beat(self) -> None:
         try:
-            self._beat()
+            self.beat()
         except StoreError as error:
             logger.warning("beat missed: %s", error)
+
+    def beat(self) -> None:
+        """Renew the lease, and do as the answer says. Raises StoreError."""
+        with self._beat_lock:
+            self._beat()
 
     def _beat(self) -> None:
         with self._lock:
             running = list(self._runs)
-        heard = self._ledger.beat(self.worker_id, self.card.encode(), running)
+        card = self.card
+        lease_s = LOADING_LEASE_S if card.state is WorkerState.LOADING else LEASE_S
+        heard = self._ledger.beat(self.worker_id, card.encode(), running, name=card.name, lease_s=lease_s)
+        self._heed(heard.drained)
         for job_id in heard.cancelled:
             self.interrupt(job_id, JobCancelled())
         for job_id in heard.lost:
@@ -273,6 +418,18 @@ class Station:
                 # The type plays no part in the fence.
                 self._ledger.release(Job(job_id, JobType.LLM, record.attempt), worker_id=self.worker_id)
         self._ghosts = ghosts
+
+    def _heed(self, drained: bool) -> None:
+        """Follow the order that stands."""
+        if drained != self._drained:
+            self._drained = drained
+            logger.info("told to %s", "drain: no new jobs are taken" if drained else "resume: jobs are taken again")
+            if drained:
+                self._duty.drain()
+            else:
+                self._duty.resume()
+            # So that the card shows it.
+            self._wake.set()
 
     def _tell_for_ever(self) -> None:
         """Show progress from a thread of its own: the engine's must not wait for the store, nor must the lease."""
@@ -305,19 +462,23 @@ class Station:
         self.interrupt_all(JobReleased("The worker has to be started again."))
         self._wait_until_idle(FALL_GRACE_S)
         logger.error("leaving with exit code %d: %s", EXIT_BROKEN, self._fallen)
+        self._abandon(told=False)
+        self._leave(EXIT_BROKEN)
+
+    def _abandon(self, *, told: bool) -> None:
+        """Give back what hangs here, and end the lease; whoever waits for a hung engine cannot do so itself."""
         try:
-            # Whoever waits for the same hung engine cannot give its job back itself.
             for run in list(self._runs.values()):
                 self._ledger.release(run.job, worker_id=self.worker_id)
-            self._ledger.retire(self.worker_id)
+            self._ledger.retire(self.worker_id, name=self._card.name, told=told)
         except StoreError as error:
             logger.warning("the lease ends by itself; the store is away: %s", error)
-        self._leave(EXIT_BROKEN)
 
     def fall(self, reason: str) -> None:
         """Take no more jobs and leave at the next beat, so that the process is started again."""
         if self._fallen is None:
             self._fallen = reason
+            self._duty.finish()
             logger.error("this worker cannot go on: %s", reason)
 
     def _wait_until_idle(self, timeout_s: float) -> None:

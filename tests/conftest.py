@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psycopg
@@ -22,27 +22,35 @@ from tests.servers import Postgres, RabbitMq
 
 STARTED_S = 10
 
+# No test's worker is told anything by the config.yaml of whoever runs the tests.
+os.environ["GPU_CONFIG"] = os.devnull
+
 
 class Valkey:
     """A Valkey server that tests may stop, freeze and empty."""
 
-    def __init__(self, port: int, folder: Path) -> None:
+    def __init__(self, port: int, folder: Path, host: str = "127.0.0.1", inside: Sequence[str] = ()) -> None:
+        """inside: what to put before its command, so that it runs elsewhere, such as in a network namespace."""
         self.port = port
         self.folder = folder
+        self.host = host
+        self._inside = inside
         self.process: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
         """Without a database's number: /0 is the broker, /1 the store."""
-        return f"redis://127.0.0.1:{self.port}"
+        return f"redis://{self.host}:{self.port}"
 
     def start(self) -> None:
         """Start it, empty, unless it runs; returns once it answers."""
         if self.process is not None and self.process.poll() is None:
             return
-        options = ["--save", "", "--appendonly", "no", "--bind", "127.0.0.1", "--dir", str(self.folder)]
+        options = ["--save", "", "--appendonly", "no", "--bind", self.host, "--dir", str(self.folder)]
+        # Protected, it would refuse whoever comes from another address than its own.
+        options += ["--protected-mode", "no"]
         self.process = subprocess.Popen(
-            [str(get_binary_path()), "--port", str(self.port), *options],
+            [*self._inside, str(get_binary_path()), "--port", str(self.port), *options],
             stdout=subprocess.DEVNULL,
         )
         end = time.monotonic() + STARTED_S
@@ -78,7 +86,7 @@ class Valkey:
 
     def client(self, database: int = 1) -> redis.Redis:
         """A client of its own for one of its databases."""
-        return redis.Redis(port=self.port, db=database, decode_responses=True, socket_timeout=2)
+        return redis.Redis(self.host, self.port, db=database, decode_responses=True, socket_timeout=2)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from app import control
@@ -44,11 +44,13 @@ def until(look: Callable[[], object], seconds: float) -> None:
 class Worker:
     """A real `celery -A tasks worker`."""
 
-    def __init__(self, environ: dict[str, str], log: Path, queues: str) -> None:
+    def __init__(self, environ: dict[str, str], log: Path, queues: str, inside: Sequence[str] = ()) -> None:
+        """inside: what to put before its command, so that it runs elsewhere, such as in a network namespace."""
         self.log = log
         with log.open("wb") as out:
             self.process = subprocess.Popen(
                 [
+                    *inside,
                     sys.executable,
                     *["-m", "celery", "-A", "tasks", "worker", "--loglevel", "INFO"],
                     "-Q",
@@ -107,10 +109,12 @@ class Platform:
         if self._control is not None:
             self._control.join()
 
-    def start_worker(self, *, queues: str = "asia-east.llm", wait: bool = True, **environ: str) -> Worker:
+    def start_worker(
+        self, *, queues: str = "asia-east.llm", wait: bool = True, inside: Sequence[str] = (), **environ: str
+    ) -> Worker:
         """A worker, serving when this returns."""
         log = self.folder / f"worker{len(self.workers)}.log"
-        worker = Worker({**self.environ, **environ}, log, queues)
+        worker = Worker({**self.environ, **environ}, log, queues, inside)
         self.workers.append(worker)
         if wait:
             self.until(lambda: worker.id is not None or worker.process.poll() is not None, READY_S)
@@ -121,6 +125,7 @@ class Platform:
         self,
         text: str,
         *,
+        job_type: JobType = JobType.LLM,
         priority: int = 0,
         timeout_seconds: float = 60,
         queue_timeout_seconds: float | None = None,
@@ -129,10 +134,11 @@ class Platform:
         allow_cross_region: bool = True,
         model: str | None = None,
     ) -> JobRow:
-        """A chat job whose last user message is `text`; see engines/echo.py for what it can order."""
-        params = load_params(JobType.LLM, {"messages": [{"role": "user", "content": text}], "max_tokens": 100})
+        """A job that asks `text`, by default a chat; see engines/echo.py for what it can order."""
+        asked = {"messages": [{"role": "user", "content": text}], "max_tokens": 100}
+        params = load_params(job_type, {"input": [text]} if job_type is JobType.EMBEDDING else asked)
         request = Request(
-            JobType.LLM,
+            job_type,
             model,
             model,
             params,

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -132,10 +132,15 @@ class Postgres:
 class RabbitMq:
     """A RabbitMQ server without plugins that tests may stop, freeze and empty; its queues survive a restart."""
 
-    def __init__(self) -> None:
-        """Skips or fails the test where RabbitMQ is not installed."""
+    def __init__(self, host: str = "127.0.0.1", inside: Sequence[str] = ()) -> None:
+        """inside: what to put before its command, so that it runs elsewhere, such as in a network namespace.
+
+        Skips or fails the test where RabbitMQ is not installed.
+        """
         if not RABBITMQ_SERVER.exists():
             missing("RabbitMQ")
+        self.host = host
+        self._inside = inside
         self.port = free_port()
         self.folder = Path(tempfile.mkdtemp(prefix="gpu-rabbitmq-"))
         epmd_port = free_port()
@@ -145,7 +150,7 @@ class RabbitMq:
             "HOME": str(self.folder),
             "LANG": "C.UTF-8",
             "RABBITMQ_NODENAME": f"tests{self.port}@localhost",
-            "RABBITMQ_NODE_IP_ADDRESS": "127.0.0.1",
+            "RABBITMQ_NODE_IP_ADDRESS": host,
             "RABBITMQ_NODE_PORT": str(self.port),
             "RABBITMQ_DIST_PORT": str(free_port()),
             "RABBITMQ_MNESIA_BASE": str(self.folder / "mnesia"),
@@ -154,9 +159,11 @@ class RabbitMq:
             "RABBITMQ_ENABLED_PLUGINS_FILE": str(self.folder / "plugins"),
             "RABBITMQ_CONF_ENV_FILE": str(self.folder / "none"),
             "RABBITMQ_CONFIG_FILE": str(self.folder / "none"),
-            # It looks for late acknowledgements once a second instead of once a minute.
+            # It looks for late acknowledgements once a second instead of once a minute, lets guest in from other
+            # addresses than its own, and hands a copy of every message to amq.rabbitmq.trace.
             "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": (
                 f"-rabbit consumer_timeout {CONSUMER_TIMEOUT_S * 1000} -rabbit channel_tick_interval 1000"
+                ' -rabbit loopback_users [] -rabbit trace_vhosts [<<"/">>]'
             ),
             "ERL_EPMD_PORT": str(epmd_port),
             "ERL_EPMD_ADDRESS": "127.0.0.1",
@@ -170,7 +177,7 @@ class RabbitMq:
     @property
     def url(self) -> str:
         """The broker URL."""
-        return f"amqp://guest:guest@127.0.0.1:{self.port}//"
+        return f"amqp://guest:guest@{self.host}:{self.port}//"
 
     def start(self) -> None:
         """Start it with the queues that it had, unless it runs; returns once it answers."""
@@ -181,13 +188,13 @@ class RabbitMq:
             if self._epmd is None:
                 # Ours, in the foreground: the one that Erlang would start outlives the test run.
                 self._epmd = subprocess.Popen(
-                    ["epmd", "-port", str(self._epmd_port), "-address", "127.0.0.1"],
+                    [*self._inside, "epmd", "-port", str(self._epmd_port), "-address", "127.0.0.1"],
                     env=self._environ,
                     stdout=out,
                     stderr=subprocess.STDOUT,
                 )
             self._process = subprocess.Popen(
-                [RABBITMQ_SERVER],
+                [*self._inside, RABBITMQ_SERVER],
                 env=self._environ,
                 cwd=self.folder,
                 stdin=subprocess.DEVNULL,
@@ -215,10 +222,16 @@ class RabbitMq:
 
     def empty(self, queues: Iterable[str]) -> None:
         """Remove these queues with all that they hold."""
-        with self._connect() as connection:
+        with self.connect() as connection:
             channel = connection.channel()
             for queue in queues:
                 channel.queue_delete(queue)
+
+    def connect(self) -> amqp.Connection:
+        """A connection to it."""
+        connection = amqp.Connection(f"{self.host}:{self.port}", connect_timeout=5, read_timeout=5)
+        connection.connect()
+        return connection
 
     def stop(self) -> None:
         """End it and remove its files."""
@@ -228,14 +241,9 @@ class RabbitMq:
             self._epmd.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _connect(self) -> amqp.Connection:
-        connection = amqp.Connection(f"127.0.0.1:{self.port}", connect_timeout=5, read_timeout=5)
-        connection.connect()
-        return connection
-
     def _answers(self) -> bool:
         try:
-            self._connect().close()
+            self.connect().close()
         except (OSError, amqp.AMQPError):
             return False
         return True

@@ -34,6 +34,7 @@ def loaded_by(module: str, folder: Path = ROOT) -> set[str]:
         ("wsgi", MODEL_LIBRARIES),
         ("app.control", MODEL_LIBRARIES),
         ("tasks.boot", {"flask", "sqlalchemy", "app"} | MODEL_LIBRARIES),
+        ("tasks.launch", {"flask", "sqlalchemy", "app"} | MODEL_LIBRARIES),
         ("local.up", MODEL_LIBRARIES),
     ],
 )

@@ -19,15 +19,19 @@ if state == 'running' then
   redis.call('SREM', 'running:' .. worker, ARGV[1])
 end
 redis.call('ZADD', KEYS[3], redis.call('INCR', KEYS[2]), ARGV[1])
+local begun = 'begun:' .. string.sub(wait, 6)
 if redis.call('HINCRBY', KEYS[1], 'deliveries', 1) > tonumber(ARGV[5]) then
   redis.call('HSET', KEYS[1], 'state', 'poison')
-  redis.call('HDEL', KEYS[1], 'worker', 'token')
+  redis.call('HDEL', KEYS[1], 'worker', 'token', 'begun')
   redis.call('ZREM', wait, ARGV[1])
+  redis.call('ZREM', begun, ARGV[1])
   return {'POISON'}
 end
 local time = redis.call('TIME')
+local now = time[1] * 1000 + math.floor(time[2] / 1000)
 redis.call('HSET', KEYS[1], 'state', 'running', 'worker', ARGV[3], 'token', ARGV[4],
-  'started', time[1] * 1000 + math.floor(time[2] / 1000))
+  'started', now, 'begun', begun)
+redis.call('ZADD', begun, now, ARGV[1])
 redis.call('HDEL', KEYS[1], 'progress')
 redis.call('ZREM', wait, ARGV[1])
 redis.call('SADD', 'running:' .. ARGV[3], ARGV[1])

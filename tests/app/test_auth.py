@@ -29,7 +29,13 @@ RIGHTS = {
     ("GET", f"{JOBS}/<job_id>"): {Scope.INFER, Scope.READ, Scope.ADMIN},
     ("DELETE", f"{JOBS}/<job_id>"): {Scope.INFER, Scope.ADMIN},
     ("GET", "/api/v1/models"): {Scope.INFER, Scope.READ, Scope.ADMIN},
+    ("GET", "/api/v1/workers"): {Scope.INFER, Scope.READ, Scope.ADMIN},
+    ("GET", "/api/v1/workers/<worker>"): {Scope.ADMIN},
+    ("POST", "/api/v1/workers/<worker>/drain"): {Scope.ADMIN},
+    ("POST", "/api/v1/workers/<worker>/resume"): {Scope.ADMIN},
+    ("GET", "/api/v1/workers/bootstrap"): {Scope.WORKER, Scope.ADMIN},
     ("GET", f"{JOBS}/stats/queue"): {Scope.INFER, Scope.READ, Scope.ADMIN},
+    ("GET", f"{JOBS}/direct/nearest"): {Scope.INFER, Scope.ADMIN},
 }
 
 

@@ -54,6 +54,18 @@ def test_a_job_is_sent_followed_and_listed(sdk, worker):
     assert sdk.stats()["total_queued"] == 0
 
 
+def test_workers_are_shown_drained_and_resumed(sdk, worker):
+    worker.show()
+
+    assert sdk.workers(region="asia-east")["by_state"] == {"ready": 1}
+    assert sdk.drain(worker.id)["drained"] is True
+    assert sdk.workers(type="llm")["items"][0]["drained"] is True
+    assert sdk.resume(worker.id)["drained"] is False
+    with pytest.raises(ApiError) as unknown:
+        sdk.drain("a b/c")
+    assert (unknown.value.status, unknown.value.code) == (404, "not_found")
+
+
 def test_jobs_runs_over_every_page(sdk):
     made = [sdk.submit("llm", {"messages": MESSAGES})["job_id"] for _ in range(5)]
 
@@ -179,3 +191,12 @@ def _whole(connection: socket.socket) -> bytes:
     while len(body) < length:
         body += connection.recv(65_536)
     return head + b"\r\n\r\n" + body
+
+
+def test_a_dry_run_sends_nothing(sdk, worker):
+    worker.show()
+
+    told = sdk.dry_run("llm", {"messages": MESSAGES}, region="asia-east", priority=3)
+
+    assert (told["region"], told["model"], told["queue_position"]) == ("asia-east", "echo", 1)
+    assert list(sdk.jobs()) == []

@@ -51,7 +51,7 @@ def test_the_document_describes_every_api_route(client, app):
 
     rules = [rule for rule in app.url_map.iter_rules() if rule.rule.startswith("/api/")]
     served = {
-        (method, rule.rule.replace("<job_id>", "{job_id}"))
+        (method, re.sub(r"<(\w+)>", r"{\1}", rule.rule))
         for rule in rules
         for method in rule.methods - {"HEAD", "OPTIONS"}
     }

@@ -388,7 +388,7 @@ def depths(**queued: int) -> dict[str, int]:
     return {**dict.fromkeys(JobType, 0), **queued}
 
 
-def test_statistics_have_exactly_the_seeds_fields(client, chat, worker):
+def test_statistics_have_the_seeds_fields(client, chat, worker):
     client.post(JOBS, json=chat)
     client.post(JOBS, json={**chat, "region": "europe-west", "allow_cross_region": False})
     worker.show()
@@ -397,7 +397,7 @@ def test_statistics_have_exactly_the_seeds_fields(client, chat, worker):
     everywhere = client.get(f"{JOBS}/stats/queue").json
     here = client.get(f"{JOBS}/stats/queue?region=asia-east").json
 
-    assert set(everywhere) == {"total_queued", "available_workers", "estimated_wait_seconds", "by_type"}
+    assert {"total_queued", "available_workers", "estimated_wait_seconds", "by_type"} < set(everywhere)
     assert (everywhere["total_queued"], everywhere["by_type"]) == (2, depths(llm=2))
     assert (here["total_queued"], here["available_workers"], here["by_type"]) == (1, 1, depths(llm=1))
 

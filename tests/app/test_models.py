@@ -77,7 +77,7 @@ def test_a_job_that_names_a_model_waits_in_that_models_queue_and_says_what_for(c
     assert worker.ledger.position(job["job_id"], queue_name("asia-east", JobType.LLM, QWEN)) == 1
     assert worker.ledger.position(job["job_id"], queue_name("asia-east", JobType.LLM)) is None
     assert (shown["model"], shown["requested_model"]) == (QWEN, QWEN.upper())
-    assert shown["queued_reason"] == f"No live worker serves llm with {QWEN} in asia-east."
+    assert shown["queued_reason"] == f"No live worker serves llm with {QWEN} in asia-east, nor in any other region."
     assert client.get(f"{JOBS}/stats/queue").json["by_type"]["llm"] == 1
 
 

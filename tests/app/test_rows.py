@@ -1,5 +1,6 @@
 """Every change of a job's row, on SQLite and on PostgreSQL."""
 
+import dataclasses
 import json
 import threading
 import time
@@ -16,7 +17,7 @@ from sqlalchemy import Engine, event, text
 from app.rows import RUN_GRACE_S, UNPROVEN_S, IdempotencyConflict, JobRow, Rows, fingerprint_of
 from app.tables import open_database
 from engines.catalogue import JobType
-from tasks.job import LIVE, TERMINAL, Envelope, JobError, JobState
+from tasks.job import LIVE, TERMINAL, DirectJob, Envelope, JobError, JobState
 
 ERROR = JobError("worker_lost", "It was tried three times.")
 
@@ -422,6 +423,106 @@ def test_only_a_withdrawn_job_can_be_removed(rows):
     assert rows.get(row.id) == row
 
 
+# Moves between regions
+
+
+def test_what_may_leave_a_region_moves_as_the_next_attempt_and_is_due_there(rows, database):
+    waits, retried = submit(rows), begin(rows, submit(rows))
+    rows.next_attempt(retried.id, attempt=1)
+    others = [
+        submit(rows, allow_cross_region=False),
+        submit(rows, region="asia-south"),
+        submit(rows, type=JobType.WHISPER),
+        submit(rows, model="m"),
+        begin(rows, submit(rows)),
+        end(rows, submit(rows), JobState.CANCELLED),
+    ]
+    rows.sent([(waits.id, 1), (retried.id, 2)], epoch="e")
+
+    moved = rows.move("asia-east", JobType.LLM, None, to="europe-west", limit=10)
+
+    assert set(ids(moved)) == {waits.id, retried.id}
+    waits, retried = rows.get(waits.id), rows.get(retried.id)
+    # A move is no lost worker.
+    assert (waits.status, waits.region, waits.attempt, waits.losses) == (JobState.QUEUED, "europe-west", 2, 0)
+    assert (retried.status, retried.region, retried.attempt, retried.losses) == (JobState.RUNNING, "europe-west", 3, 1)
+    assert {waits.id, retried.id} <= set(ids(rows.due(10)))
+    assert [rows.get(row.id) for row in others] == others
+    assert rows.begun(waits.id, attempt=1, worker_id="left behind", started_at=None) is None
+    assert ids(rows.move("asia-east", JobType.LLM, "m", to="europe-west", limit=10)) == [others[3].id]
+
+
+def test_what_runs_moves_only_if_that_is_asked_for(rows):
+    waits, runs = submit(rows), begin(rows, submit(rows))
+
+    moved = rows.move("asia-east", JobType.LLM, None, to="europe-west", running=True, limit=10)
+
+    assert ids(moved) == [runs.id]
+    assert (moved[0].status, moved[0].attempt, moved[0].worker_id) == (JobState.RUNNING, 2, None)
+    assert rows.get(waits.id) == waits
+
+
+def test_of_two_that_move_the_same_jobs_each_job_moves_once(rows, other_rows):
+    sent = [submit(rows) for _ in range(200)]
+
+    with ThreadPoolExecutor(2) as pool:
+        moves = [
+            pool.submit(lambda by=by: by.move("asia-east", JobType.LLM, None, to="europe-west", limit=150))
+            for by in (rows, other_rows)
+        ]
+        moved = [job_id for move in moves for job_id in ids(move.result())]
+    moved += ids(rows.move("asia-east", JobType.LLM, None, to="europe-west", limit=500))
+
+    assert sorted(moved) == sorted(ids(sent))
+    assert {row.attempt for row in rows.get_all(moved).values()} == {2}
+
+
+def test_a_job_that_its_client_brought_to_a_worker_stays_with_it(rows):
+    direct = DirectJob("ann", JobType.LLM, None, None, 0, "asia-east", None, True, 60.0)
+    assert rows.adopt(str(uuid.uuid4()), direct, worker_id="w1", started_at=None) is not None
+
+    assert rows.move("asia-east", JobType.LLM, None, to="europe-west", limit=10) == []
+    assert rows.move("asia-east", JobType.LLM, None, to="europe-west", running=True, limit=10) == []
+
+
+def test_a_job_given_back_waits_again_and_its_time_stands_still(rows, database):
+    row = begin(rows, submit(rows))
+    rows.sent([(row.id, 1)], epoch="e")
+    assert rows.given_back(dataclasses.replace(row, version=1)) is None
+
+    again = rows.given_back(row)
+
+    assert (again.status, again.attempt, again.worker_id) == (JobState.RUNNING, 1, None)
+    assert column(database, row, "run_deadline") is None
+    assert ids(rows.due(10)) == [row.id]
+    assert begin(rows, again).worker_id == "w1"
+
+
+def test_an_attempt_that_no_worker_is_to_blame_for_is_no_loss(rows):
+    row = submit(rows)
+
+    assert rows.next_attempt(row.id, attempt=1, lost=False).losses == 0
+    assert rows.next_attempt(row.id, attempt=2).losses == 1
+
+
+def test_live_jobs_are_counted_by_region_and_the_oldest_that_waits_is_known(rows, database):
+    old = submit(rows)
+    submit(rows)
+    begin(rows, submit(rows, type=JobType.WHISPER, model="m"))
+    submit(rows, region="asia-south", allow_cross_region=False)
+    end(rows, submit(rows, region="gone"), JobState.COMPLETED)
+    age(database, old, 100, "created_at")
+
+    assert rows.live("asia-east") == {(JobType.LLM, JobState.QUEUED): 2, (JobType.WHISPER, JobState.RUNNING): 1}
+    assert set(rows.regions()) == {"asia-east", "asia-south"}
+    assert set(rows.movable("asia-east")) == {(JobType.LLM, None), (JobType.WHISPER, "m")}
+    assert rows.movable("asia-south") == []
+    waits = rows.oldest_waits(["asia-east", "asia-south", "gone"])
+    assert waits["asia-east"] == pytest.approx(100, abs=5)
+    assert 0 <= waits["asia-south"] < 5
+    assert waits["gone"] is None
+
+
 # The outbox
 
 
@@ -695,6 +796,7 @@ LOOKS = {
     "long_unbegun": Look(
         lambda rows: rows.long_unbegun("asia-east", JobType.LLM, None, first_s=1, most_s=9, limit=10), "type"
     ),
+    "oldest_waits": Look(lambda rows: rows.oldest_waits(["asia-east"]), "region"),
     "page of an owner": Look(lambda rows: rows.page("owner-1"), "owner"),
     "page after another": Look(lambda rows: rows.page(None, before=(100.0, "x")), "created_at"),
     "owner's page after another": Look(lambda rows: rows.page("owner-1", before=(100.0, "x")), "created_at"),

@@ -38,6 +38,8 @@ def start(valkey, queues, **environ):
         ("asia-east.llm", {"GPU_MAX_CONCURRENT_JOBS": "0"}, "GPU_MAX_CONCURRENT_JOBS must be at least 1"),
         ("asia-east.chat", {}, "such as asia-east.llm"),
         ("mars.llm", {}, "'mars' is not configured"),
+        ("asia-east.llm", {"REGIONS": "{"}, "REGIONS must be a JSON object"),
+        ("asia-east.llm", {"CELERY_BROKER_URL": "redis://127.0.0.1:9/0"}, "set GPU_BROKER_URL"),
         ("asia-east.llm,europe-west.llm", {}, "one region"),
     ],
 )

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from engines.catalogue import JobType
 from tasks.job import Envelope, Job, JobError, JobState
-from tasks.ledger import Answer, Ledger, StoreError, open_store
+from tasks.ledger import Answer, Ledger, Queued, Standing, StoreError, open_store
 
 QUEUE = "asia-east.llm"
 
@@ -94,7 +94,7 @@ def test_a_cancel_that_is_faster_than_the_submit_wins(ledger):
 
     entered = put(ledger, job)
 
-    assert (entered.state, entered.position) == ("cancelled", None)
+    assert (entered.state, entered.standing) == ("cancelled", None)
     assert begin(ledger, job) is Answer.CANCELLED
     assert ledger.store.zcard(f"wait:{QUEUE}") == 0
 
@@ -238,7 +238,100 @@ def test_the_mean_of_the_seconds_follows_the_jobs(ledger):
         begin(ledger, job)
         ledger.finish(outcome(job), queue=QUEUE)
 
-    assert ledger.speeds([QUEUE, "asia-east.vision"]) == {QUEUE: pytest.approx(0.5)}
+    speeds = {queue: traffic.mean_s for queue, traffic in ledger.traffic([QUEUE, "asia-east.vision"]).items()}
+    assert speeds == {QUEUE: pytest.approx(0.5), "asia-east.vision": None}
+
+
+def test_a_job_stands_behind_all_that_wait_for_the_same_workers(ledger):
+    first, second, mine, urgent = (new_job() for _ in range(4))
+    put(ledger, first)
+    put(ledger, second, queue=f"{QUEUE}@m")
+    begin(ledger, first)
+
+    entered = put(ledger, mine, beside=[f"{QUEUE}@m"])
+    assert entered.standing == Standing(before=0, before_beside=1, running=1, running_beside=0)
+    put(ledger, urgent, queue=f"{QUEUE}@m", priority=1)
+
+    assert ledger.standing(mine.id, QUEUE, [f"{QUEUE}@m"]) == Standing(0, 2, 1, 0)
+    assert ledger.standing(second.id, f"{QUEUE}@m", [QUEUE]) == Standing(1, 0, 0, 1)
+    assert ledger.standing(first.id, QUEUE) is None
+
+
+@pytest.mark.parametrize("way", ["finish", "release", "lost", "poison"])
+def test_what_no_longer_runs_is_not_counted_as_running(ledger, way):
+    job = new_job()
+    put(ledger, job)
+    begin(ledger, job)
+    assert ledger.queues()[QUEUE].running == 1
+    assert 0 <= ledger.traffic([])[QUEUE].elapsed_s[0] < 5
+
+    match way:
+        case "finish":
+            ledger.finish(outcome(job), queue=QUEUE)
+        case "release":
+            ledger.release(job, worker_id="w1")
+        case "lost":
+            ledger.bury("w1", job.id)
+        case _:
+            for n in range(3):
+                begin(ledger, job, worker=f"other{n}")
+
+    assert ledger.queues()[QUEUE].running == 0
+
+
+@pytest.mark.parametrize("began", [False, True], ids=["waits", "runs"])
+def test_a_job_that_left_the_region_leaves_nothing_that_could_run(ledger, began):
+    job = new_job()
+    put(ledger, job, params='{"messages":["secret"]}')
+    ledger.beat("w1", "{}", [])
+    if began:
+        begin(ledger, job)
+
+    ledger.withdraw([(job.id, 2)])
+
+    assert ledger.queues()[QUEUE] == Queued(0, None, 0)
+    assert "secret" not in str(ledger.store.hgetall(f"job:{job.id}"))
+    assert begin(ledger, job, worker="w2") is Answer.STALE
+    # Whoever waits looks at the row, and a worker hears that it is no longer his.
+    assert ledger.wait(job.id, 1) is None
+    assert ledger.beat("w1", "{}", [job.id]).lost == [job.id]
+    assert ledger.finish(outcome(job), queue=QUEUE) is False
+    # It may come back.
+    assert put(ledger, new_attempt := Job(job.id, job.type, 3)).state == "queued"
+    assert begin(ledger, new_attempt) is Answer.RUN
+
+
+def test_a_withdrawal_leaves_outcomes_and_the_present_attempt_alone(ledger):
+    ended, present = new_job(), new_job(attempt=2)
+    put(ledger, ended)
+    begin(ledger, ended)
+    ledger.finish(outcome(ended), queue=QUEUE)
+    put(ledger, present)
+
+    ledger.withdraw([(ended.id, 2), (present.id, 2), ("unknown", 2)])
+
+    assert ledger.look(ended.id).outcome == outcome(ended)
+    assert begin(ledger, present) is Answer.RUN
+
+
+def test_a_job_that_moves_within_one_store_leaves_its_old_queue_and_keeps_its_turn(ledger):
+    mover, other = new_job(), new_job()
+    put(ledger, mover)
+    put(ledger, other, queue="europe-west.llm")
+
+    entered = put(ledger, Job(mover.id, mover.type, 2), queue="europe-west.llm")
+
+    assert (entered.standing.before, ledger.queues()[QUEUE].depth) == (0, 0)
+    assert begin(ledger, mover) is Answer.STALE
+
+
+def test_everything_that_waits_or_runs_is_listed(ledger):
+    jobs = [new_job() for _ in range(5)]
+    for job in jobs:
+        put(ledger, job)
+    begin(ledger, jobs[0])
+
+    assert {job_id for some in ledger.entered() for job_id in some} == {job.id for job in jobs}
 
 
 def test_position_and_depth_cost_the_same_with_a_hundred_thousand_jobs(ledger):

@@ -62,7 +62,7 @@ def test_a_job_that_names_a_model_waits_for_its_worker_and_stands_in_nobodys_way
     assert {platform.ended(row, 15).status for row in (behind, same)} == {JobState.COMPLETED}
     assert platform.status(named) is JobState.QUEUED
     assert platform.dispatch.place(platform.row(named)).reason == (
-        "No live worker serves llm with our-own in asia-east."
+        "No live worker serves llm with our-own in asia-east, nor in any other region."
     )
 
     platform.start_worker(GPU_LLM_MODEL=str(folder))

@@ -8,7 +8,8 @@ import pytest
 
 from engines.catalogue import JobType
 from engines.contract import EngineBroken, Progress
-from tasks.fleet import Card, WorkerState
+from tasks.duty import Duty
+from tasks.fleet import Card, WorkerState, load_of
 from tasks.job import Job, JobState
 from tasks.ledger import Answer, Ledger, open_store
 from tasks.station import EXIT_BROKEN, Station
@@ -139,3 +140,71 @@ def test_the_card_shows_what_runs_and_whether_it_drains(ledger):
     thread.join()
     station.close()
     assert ledger.cards() == []
+
+
+def test_a_worker_shows_that_it_loads_and_takes_jobs_only_once_it_has(ledger):
+    loading = Card("w1", "w1", "asia-east", "host", "cpu", {}, {JobType.LLM: 0}, time.time(), state=WorkerState.LOADING)
+    station = Station(loading, {}, ledger)
+    station.announce()
+    until(lambda: ledger.cards(), 10)
+    shown = [Card.decode(text) for text in ledger.cards()]
+    assert (shown[0].state, load_of(shown, JobType.LLM, service_s=None).slots) == (WorkerState.LOADING, 0)
+
+    station.equip({JobType.LLM: Stuck()}, {JobType.LLM: "m"}, Duty({JobType.LLM: 4}), {})
+    station.open()
+    until(lambda: Card.decode(ledger.cards()[0]).state is WorkerState.READY, 10)
+
+    shown = [Card.decode(text) for text in ledger.cards()]
+    assert load_of(shown, JobType.LLM, service_s=None).slots == 4
+    station.close()
+
+
+def test_a_worker_that_loads_while_the_store_is_away_waits_for_nothing(store_url, valkey):
+    valkey.stop()
+    station = Station(
+        Card("w1", "w1", "asia-east", "host", "cpu", {}, {}, time.time(), state=WorkerState.LOADING),
+        {},
+        Ledger(open_store(store_url, timeout_s=5)),
+    )
+    began = time.monotonic()
+
+    station.announce()
+    station.equip({JobType.LLM: Stuck()}, {JobType.LLM: "m"}, Duty({JobType.LLM: 4}), {})
+
+    assert time.monotonic() - began < 2.5
+    valkey.cont()
+    station.close()
+
+
+@pytest.mark.parametrize("when", ["while it loads", "while it serves"])
+def test_an_order_to_drain_is_followed_at_once_and_taken_back_but_not_by_one_that_ends(ledger, when):
+    station = Station(
+        Card("w1", "gpu", "asia-east", "host", "cpu", {}, {}, time.time(), state=WorkerState.LOADING), {}, ledger
+    )
+    duty = Duty({JobType.LLM: 4})
+
+    def order(*, drain):
+        ledger.order("gpu", ["w1"], drain=drain)
+        station.beat_now()  # as the channel does
+
+    if when == "while it loads":
+        order(drain=True)
+        station.beat()
+    station.equip({JobType.LLM: Stuck()}, {JobType.LLM: "m"}, duty, {})
+    station.open()
+    if when == "while it serves":
+        assert duty.open_for(JobType.LLM)
+        order(drain=True)
+        until(lambda: not duty.open_for(JobType.LLM), 1.5)
+    assert not duty.open_for(JobType.LLM)
+    until(lambda: Card.decode(ledger.cards()[0]).state is WorkerState.DRAINING, 1.5)
+
+    order(drain=False)
+    until(lambda: duty.open_for(JobType.LLM), 1.5)
+    station.drain()
+    order(drain=True)
+    order(drain=False)
+    station.beat()
+
+    assert not duty.open_for(JobType.LLM)
+    station.close()
