@@ -5,7 +5,7 @@ import sys
 
 from engines import packaged
 
-MEASUREMENTS = ("overhead", "depth", "chat", "llm_engine", "engines")
+MEASUREMENTS = ("overhead", "depth", "chat", "llm_engine", "engines", "fleet", "failover")
 
 
 def main() -> None:

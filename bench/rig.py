@@ -40,8 +40,8 @@ class Rig:
         }
         self._processes: list[subprocess.Popen[bytes]] = []
 
-    def start(self, name: str, *command: str, ready: str = "", **environ: str) -> None:
-        """Start a command, logging to name.log; returns once the pattern `ready` is in its log."""
+    def start(self, name: str, *command: str, ready: str = "", **environ: str) -> subprocess.Popen[bytes]:
+        """Start a command, logging to name.log; the process, once the pattern `ready` is in its log."""
         log = self.folder / f"{name}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
@@ -53,12 +53,17 @@ class Rig:
             if process.poll() is not None or time.monotonic() > end:
                 sys.exit(f"{name} did not get ready:\n{log.read_text()[-3000:]}")
             time.sleep(0.05)
+        return process
+
+    def start_store(self) -> None:
+        """A Valkey that keeps nothing: broker and store."""
+        options = ["--save", "", "--appendonly", "no", "--dir", str(self.folder), "--bind", "127.0.0.1"]
+        self.start("store", str(get_binary_path()), "--port", str(self.store_port), *options, ready="Ready to accept")
 
     def start_platform(self, queues: str = "asia-east.llm", **environ: str) -> None:
         """Store, API, control and one worker of those queues, joined by commas."""
         python = sys.executable
-        options = ["--save", "", "--appendonly", "no", "--dir", str(self.folder), "--bind", "127.0.0.1"]
-        self.start("store", str(get_binary_path()), "--port", str(self.store_port), *options, ready="Ready to accept")
+        self.start_store()
         upgrade = [python, "-m", "flask", "--app", "wsgi", "db", "upgrade"]
         subprocess.run(upgrade, cwd=ROOT, env=self.environ, check=True, stdout=subprocess.DEVNULL)
         self.start("control", python, "-m", "app.control", ready="leads")
