@@ -235,6 +235,12 @@ def _choose(types: list[JobType], worker: settings.WorkerSettings) -> tuple[dict
     device = Device("cpu")
     if len(named) < len(types) or any(model.on_device for model in named.values()):
         device = loading.detect_device(index, worker.dtype, worker.max_memory_gib, worker.offload)
+        if device.name == "cpu" and os.environ.get("CUDA_VISIBLE_DEVICES"):
+            logger.warning(
+                "GPU %s is asked for, but torch finds none: the CPU is used. Is it torch's CPU build, or a driver that "
+                "does not answer?",
+                os.environ["CUDA_VISIBLE_DEVICES"],
+            )
     defaults = DEFAULT_ON_CPU if device.name == "cpu" else DEFAULT_ON_GPU
     # The language model last: its cache takes its share of what the others have left.
     ordered = sorted(types, key=lambda job_type: job_type is JobType.LLM)

@@ -22,6 +22,12 @@ from tests.servers import Postgres, RabbitMq
 
 STARTED_S = 10
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The journey first: it takes a minute by itself, and the others would have ended long before it."""
+    items.sort(key=lambda item: item.path.name != "test_journey.py")
+
+
 # No test's worker is told anything by the config.yaml of whoever runs the tests.
 os.environ["GPU_CONFIG"] = os.devnull
 
