@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,7 @@ from local import pidfiles, ports, store
 from local.processes import Hear, ProcessEnded, Processes
 from local.settings import LOOPBACK, Settings, for_processes
 from tasks import settings as task_settings
-from tasks.fleet import Card
+from tasks.fleet import Card, WorkerState
 from tasks.ledger import Ledger, open_store
 
 #: Called with one line of progress.
@@ -126,6 +126,13 @@ def _packaged_models(environ: Mapping[str, str]) -> list[str]:
     return list(filter(None, found))
 
 
+def models_loaded(cards: Iterable[Card], *, since: float) -> list[str]:
+    """The models of workers that were started since then, in unix seconds, and have loaded them."""
+    # The card of a worker that an earlier run left without goodbye stays for a lease.
+    loaded = [card for card in cards if card.started_at >= since and card.state is not WorkerState.LOADING]
+    return [model for card in loaded for model in card.models.values()]
+
+
 #: Answers with what is ready, in words, once it is; raises or answers None until then.
 Ready = Callable[[], str | None]
 
@@ -158,9 +165,7 @@ def _parts(settings: Settings, environ: Mapping[str, str]) -> list[tuple[str, Re
         return "control leads" if leads else None
 
     def worker() -> str | None:
-        # The card of a worker that an earlier run left without goodbye stays for a lease.
-        cards = (Card.decode(text) for ledger in ledgers for text in ledger.cards())
-        models = [model for card in cards if card.started_at >= began for model in card.models.values()]
+        models = models_loaded((Card.decode(text) for ledger in ledgers for text in ledger.cards()), since=began)
         return f"worker has loaded {', '.join(models)}" if models else None
 
     def flower() -> str:
