@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from types import TracebackType
@@ -205,6 +206,21 @@ class Link:
         for name, queued in self.queues().items():
             depths[routing.split_queue(name)[1]] += queued.depth
         return depths
+
+
+def nearest(links: Mapping[str, Link], region: str, able: Callable[[Link], bool]) -> str | None:
+    """The nearest other region that can be reached and is able; None if none is.
+
+    able: may raise Down. region: may be one that is no longer among the links; every other one is as near then.
+    """
+    found: list[Region] = []
+    for name, link in links.items():
+        with suppress(Down):
+            if name != region and not link.broker.breaker.tripped and able(link):
+                found.append(link.region)
+    here = links.get(region)
+    near = min(found, key=lambda other: routing.distance_km(here.region, other) if here else 0.0, default=None)
+    return None if near is None else near.name
 
 
 def open_links(regions: Mapping[str, Region]) -> dict[str, Link]:

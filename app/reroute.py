@@ -11,13 +11,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from app.dispatch import Dispatch
-from app.links import Down, Link, Mailbox
+from app.links import Down, Link, Mailbox, nearest
 from app.rows import JobRow
 from engines.catalogue import JobType
 from tasks import fleet, routing
 from tasks.fleet import WorkerState
 from tasks.ledger import LEASE_S
-from tasks.routing import Region
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +120,7 @@ class Reroute:
 
     def _move(self, kind: Kind, why: str, *, running: bool = False) -> None:
         region, job_type, model = kind
-        to = self._nearest(region, job_type, model)
+        to = nearest(self._links, region, lambda link: self._serves(link, job_type, model))
         while to is not None:
             moved = self._rows.move(region, job_type, model, to=to, running=running, limit=BATCH)
             if moved:
@@ -156,17 +155,6 @@ class Reroute:
     def _lives_in(self, row: JobRow, mailbox: Mailbox) -> bool:
         link = self._links.get(row.region)
         return link is not None and link.mailbox is mailbox
-
-    def _nearest(self, region: str, job_type: JobType, model: str | None) -> str | None:
-        """The nearest other region that can be reached and serves such jobs; None if none does."""
-        able: list[Region] = []
-        for name, link in self._links.items():
-            with suppress(Down):
-                if name != region and not link.broker.breaker.tripped and self._serves(link, job_type, model):
-                    able.append(link.region)
-        here = self._links.get(region)
-        near = min(able, key=lambda other: routing.distance_km(here.region, other) if here else 0.0, default=None)
-        return None if near is None else near.name
 
     def _serves(self, link: Link, job_type: JobType, model: str | None) -> bool:
         """Whether a live worker takes such jobs there. Raises Down.

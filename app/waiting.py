@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from app.links import Down, Link
+from app.links import Down, Link, nearest
 from app.rows import JobRow, Rows
 from engines.catalogue import JobType
 from tasks import routing
@@ -128,21 +128,6 @@ def statistics(links: Mapping[str, Link], rows: Rows) -> Statistics:
     )
 
 
-def nearest_serving(row_region: str, job_type: JobType, model: str | None, links: Mapping[str, Link]) -> str | None:
-    """The nearest other region that has live workers for such a job and can be reached; None if none has."""
-    able = []
-    for name, link in links.items():
-        try:
-            if name != row_region and not link.broker.breaker.tripped and link.load(job_type, model).slots > 0:
-                able.append(name)
-        except Down:
-            continue
-    here = links.get(row_region)
-    if here is None:
-        return able[0] if able else None
-    return min(able, key=lambda name: routing.distance_km(here.region, links[name].region), default=None)
-
-
 def _why_unreachable(row: JobRow) -> str:
     what = f"Region {row.region} cannot be reached"
     if not row.allow_cross_region:
@@ -158,13 +143,17 @@ def _why_nobody(row: JobRow, cards: list[Card], links: Mapping[str, Link]) -> st
     )
     if states:
         who = ", ".join(f"{count} {word}" for word, count in sorted(states.items()))
-        lack = f"The workers for {_what(row)} in {row.region} take no new jobs now ({who})"
+        lack, nobody = (
+            f"The workers for {_what(row)} in {row.region} take no new jobs now ({who})",
+            "and no other region has any",
+        )
     else:
         lack = f"No live worker serves {_what(row)} in {row.region}"
+        nobody = "nor in any other region"
     if not row.allow_cross_region:
         return f"{lack}, and it may not leave the region."
-    to = nearest_serving(row.region, row.type, row.model, links)
-    return f"{lack}, nor in any other region." if to is None else f"{lack}; it moves to {to} within seconds."
+    to = nearest(links, row.region, lambda link: link.load(row.type, row.model).slots > 0)
+    return f"{lack}, {nobody}." if to is None else f"{lack}; it moves to {to} within seconds."
 
 
 def _why_busy(row: JobRow, load: Load, ahead: int) -> str:

@@ -91,7 +91,7 @@ def test_a_wait_is_estimated_from_what_ran_and_from_what_runs(client, worker):
         (
             WorkerState.DRAINING,
             {},
-            "The workers for llm in asia-east take no new jobs now (1 draining), nor in any other region.",
+            "The workers for llm in asia-east take no new jobs now (1 draining), and no other region has any.",
         ),
         (
             WorkerState.OFF_DUTY,
