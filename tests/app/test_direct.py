@@ -108,7 +108,7 @@ def chosen(client):
             answer.update(client.get(NEAREST, query_string={"job_type": "llm", **query}).json)
             return answer.get("worker_id") == worker_id
 
-        until(look, 3)
+        until(look, 10)
         return answer
 
     return wait

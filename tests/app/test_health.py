@@ -15,7 +15,8 @@ def test_health_answers_without_any_dependency(client, valkey, database_url):
     began = time.monotonic()
     answer = client.get("/health")
 
-    assert time.monotonic() - began < 0.2
+    # Less than anything that it does not wait for would take to be given up.
+    assert time.monotonic() - began < 0.6
     assert (answer.status_code, answer.json) == (200, {"status": "ok"})
 
 

@@ -214,7 +214,7 @@ def test_without_a_live_worker_and_without_waiting_a_sync_job_is_refused_at_once
     began = time.monotonic()
     answer = client.post(f"{JOBS}/sync?wait_for_worker=false", json=chat)
 
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5
     assert (answer.status_code, answer.json["code"]) == (503, "no_worker")
     assert int(answer.headers["Retry-After"]) > 0
     assert client.get(JOBS).json["items"] == []

@@ -73,7 +73,7 @@ def test_a_drained_worker_takes_nothing_until_it_is_told_to_resume_and_not_after
     assert mine
 
     api("/drained/drain", "POST")
-    platform.until(lambda: states()["drained"] == "draining", 2)
+    platform.until(lambda: states()["drained"] == "draining", 5)
     taken = {platform.ended(platform.submit("now"), 10).worker_id for _ in range(20)}
 
     assert taken == {other.id}

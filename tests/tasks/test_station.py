@@ -178,8 +178,12 @@ def test_a_worker_that_loads_while_the_store_is_away_waits_for_nothing(store_url
 
 @pytest.mark.parametrize("when", ["while it loads", "while it serves"])
 def test_an_order_to_drain_is_followed_at_once_and_taken_back_but_not_by_one_that_ends(ledger, when):
+    # Nothing but the order itself makes it beat.
     station = Station(
-        Card("w1", "gpu", "asia-east", "host", "cpu", {}, {}, time.time(), state=WorkerState.LOADING), {}, ledger
+        Card("w1", "gpu", "asia-east", "host", "cpu", {}, {}, time.time(), state=WorkerState.LOADING),
+        {},
+        ledger,
+        beat_s=600,
     )
     duty = Duty({JobType.LLM: 4})
 
@@ -195,12 +199,12 @@ def test_an_order_to_drain_is_followed_at_once_and_taken_back_but_not_by_one_tha
     if when == "while it serves":
         assert duty.open_for(JobType.LLM)
         order(drain=True)
-        until(lambda: not duty.open_for(JobType.LLM), 1.5)
+        until(lambda: not duty.open_for(JobType.LLM), 5)
     assert not duty.open_for(JobType.LLM)
-    until(lambda: Card.decode(ledger.cards()[0]).state is WorkerState.DRAINING, 1.5)
+    until(lambda: Card.decode(ledger.cards()[0]).state is WorkerState.DRAINING, 5)
 
     order(drain=False)
-    until(lambda: duty.open_for(JobType.LLM), 1.5)
+    until(lambda: duty.open_for(JobType.LLM), 5)
     station.drain()
     order(drain=True)
     order(drain=False)
