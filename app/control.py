@@ -16,7 +16,7 @@ from dotenv import find_dotenv, load_dotenv
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.dispatch import DIRECT_LOST, Dispatch, open_dispatch
-from app.links import Down, Link, Mailbox
+from app.links import Down, Link, Mailbox, mailboxes
 from app.reroute import Reroute
 from app.rows import JobRow
 from app.settings import Settings
@@ -52,7 +52,7 @@ class Reconciler:
 
     def tick(self) -> None:
         """Raises SQLAlchemyError while the database is away; a region that is away is passed over."""
-        for mailbox in {id(link.mailbox): link.mailbox for link in self._dispatch.links.values()}.values():
+        for mailbox in mailboxes(self._dispatch.links):
             regions = [name for name, link in self._dispatch.links.items() if link.mailbox is mailbox]
             try:
                 self.fold_news(mailbox)

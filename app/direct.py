@@ -1,6 +1,5 @@
 """Direct mode: which worker a client may bring its job to, and the token that lets it in (tasks/direct.py)."""
 
-import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ from app.parsing import Blueprint
 from app.schemas import Timestamp, known_region
 from app.settings import Settings
 from engines.catalogue import JobType, UnknownModel
-from tasks import reliability, routing, tokens
+from tasks import addresses, reliability, routing
 from tasks.fleet import Card, able
 from tasks.tokens import Token
 
@@ -45,7 +44,7 @@ class Address(fields.String):
 
     def _deserialize(self, value: Any, *args: Any, **kwargs: Any) -> str:
         try:
-            return tokens.plain_address(super()._deserialize(value, *args, **kwargs))
+            return addresses.plain_address(super()._deserialize(value, *args, **kwargs))
         except ValueError as error:
             raise ValidationError("Must be an IP address.") from error
 
@@ -206,17 +205,13 @@ def _let_in(link: Link, offer: Offer, job_type: JobType, home: str, stated: str 
 
 def _client_address(direct_url: str) -> str:
     """The address at which the worker will see the client, as far as can be told from here."""
-    address = tokens.plain_address(str(address_here() or request.remote_addr or "::"))
-    if not tokens.is_loopback(address):
+    address = addresses.plain_address(str(address_here() or request.remote_addr or "::"))
+    if not addresses.is_loopback(address):
         return address
     # A program on this host: the worker sees it at the address that this host has on the way there.
     url = urlsplit(direct_url)
     port = url.port or (_SECURE_PORT if url.scheme == "https" else _PLAIN_PORT)
     try:
-        kind, _, _, _, there = socket.getaddrinfo(url.hostname, port, type=socket.SOCK_DGRAM)[0]
-        # Nothing is sent: connecting a datagram socket only looks the route up.
-        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-            probe.connect(there)
-            return tokens.plain_address(str(probe.getsockname()[0]))
+        return addresses.plain_address(addresses.own_address(url.hostname, port))
     except OSError:
         return address

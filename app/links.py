@@ -200,12 +200,10 @@ class Link:
             found = self.mailbox.ledger.queues()
         return {name: queued for name, queued in found.items() if routing.split_queue(name)[0] == self.region.name}
 
-    def depths(self) -> dict[JobType, int]:
-        """How many jobs wait here, by type. Raises Down."""
-        depths = dict.fromkeys(JobType, 0)
-        for name, queued in self.queues().items():
-            depths[routing.split_queue(name)[1]] += queued.depth
-        return depths
+
+def mailboxes(links: Mapping[str, Link]) -> list[Mailbox]:
+    """The stores of the regions, each once."""
+    return list({id(link.mailbox): link.mailbox for link in links.values()}.values())
 
 
 def nearest(links: Mapping[str, Link], region: str, able: Callable[[Link], bool]) -> str | None:

@@ -109,6 +109,6 @@ def _live(cards: Iterable[Card]) -> dict[tuple[JobType, str], list[Live]]:
                 found[job_type, model, card.region].append(card)
     live: dict[tuple[JobType, str], list[Live]] = defaultdict(list)
     for (job_type, model, region), holders in found.items():
-        load = load_of(holders, job_type, service_s=None)
+        load = load_of(holders, job_type)
         live[job_type, model].append(Live(region, len(holders), load.slots, load.free))
     return live

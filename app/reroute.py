@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from app.dispatch import Dispatch
-from app.links import Down, Link, Mailbox, nearest
+from app.links import Down, Link, Mailbox, mailboxes, nearest
 from app.rows import JobRow
 from engines.catalogue import JobType
 from tasks import fleet, routing
@@ -54,7 +54,7 @@ class Reroute:
         self._unknown: dict[str, float] = {}
         # By id(): stores that may hold what jobs left behind. All of them at first: whoever led before may have died
         # between a move and the rest of it.
-        self._unswept = {id(mailbox): mailbox for mailbox in self._mailboxes()}
+        self._unswept = {id(mailbox): mailbox for mailbox in mailboxes(self._links)}
 
     def look(self) -> None:
         """Move what has to move, every EVERY_S; a region that is away is passed over."""
@@ -62,7 +62,7 @@ class Reroute:
         if now - self._looked_at < EVERY_S:
             return
         self._looked_at = now
-        for mailbox in self._mailboxes():
+        for mailbox in mailboxes(self._links):
             try:
                 self._leave_unserved(mailbox, now)
             except Down:
@@ -173,6 +173,3 @@ class Reroute:
             card.state is WorkerState.LOADING and job_type in card.slots and model in (None, card.models.get(job_type))
             for card in link.cards()
         )
-
-    def _mailboxes(self) -> list[Mailbox]:
-        return list({id(link.mailbox): link.mailbox for link in self._links.values()}.values())

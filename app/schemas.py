@@ -19,11 +19,11 @@ from app.dispatch import Dispatch, Forecast, Place, Request
 from app.origin import FoundBy, Origin
 from app.rows import JobRow
 from app.settings import Settings
-from engines import catalogue
 from engines.catalogue import JobType, UnknownModel
 from engines.contract import Progress
 from tasks.job import JobError, JobState
 from tasks.reading import JobFields, near
+from tasks.showing import rfc3339, warnings
 
 #: Longest time one sync request may wait.
 LONGEST_SYNC_S = 3600
@@ -34,9 +34,7 @@ class Timestamp(fields.DateTime):
     """Unix seconds, shown as RFC 3339 in UTC with milliseconds."""
 
     def _serialize(self, value: Any, attr: str | None, obj: Any, **kwargs: Any) -> str | None:
-        if value is None:
-            return None
-        return datetime.fromtimestamp(value, UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
+        return None if value is None else rfc3339(value)
 
     def _deserialize(  # type: ignore[override]
         self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any
@@ -172,11 +170,7 @@ class Shown:
     @property
     def warnings(self) -> list[str]:
         """What the client should know about how it is or was answered."""
-        row = self.row
-        told: list[str] = []
-        if row.model and row.requested_model and (known := catalogue.known(row.type, row.model)):
-            told += filter(None, [catalogue.warning(known, row.requested_model)])
-        return told + [text for text in (self.result or {}).get("warnings", []) if text not in told]
+        return warnings(self.row.type, self.row.model, self.row.requested_model, self.result)
 
 
 class JobCreated(Schema):

@@ -14,7 +14,7 @@ from app.auth import caller, requires
 from app.dispatch import Dispatch, Unavailable
 from app.errors import WorkerNotFound
 from app.keys import Scope
-from app.links import Down, Link, Mailbox
+from app.links import Down, Link, Mailbox, mailboxes
 from app.parsing import Blueprint
 from app.schemas import Timestamp, known_region
 from engines.catalogue import JobType
@@ -260,7 +260,7 @@ def _order(found: list[Shown], *, drain: bool) -> None:
 def _forget(name: str) -> bool:
     """Take back the order for a worker that is not there; False if no region that answers has one."""
     forgot = False
-    for mailbox in {id(link.mailbox): link.mailbox for link in _links().values()}.values():
+    for mailbox in mailboxes(_links()):
         try:
             with mailbox.breaker:
                 if name in mailbox.ledger.orders():

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+GIB = 2**30
 #: What an engine may compute in, by torch's names.
 DTYPES = ("bfloat16", "float16", "float32")
 

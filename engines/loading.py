@@ -8,9 +8,7 @@ from pathlib import Path
 
 from engines import catalogue, packaged
 from engines.catalogue import JobType, Model, UnknownModel
-from engines.contract import DTYPES, Device, Engine, EngineLoadError
-
-GIB = 2**30
+from engines.contract import DTYPES, GIB, Device, Engine, EngineLoadError
 
 
 def resolve(job_type: JobType, name_or_path: str) -> Model:

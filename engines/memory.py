@@ -9,9 +9,7 @@ import torch
 from accelerate.utils import compute_module_sizes
 from transformers import AutoModelForCausalLM
 
-from engines.contract import Device, EngineLoadError
-
-GIB = 2**30
+from engines.contract import GIB, Device, EngineLoadError
 
 #: Room for keys and values that a model must find beside its weights to be worth loading: 16 rows of 256 tokens.
 LEAST_TOKENS = 4096

@@ -13,8 +13,8 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
-from engines.contract import Device, EngineBroken, EngineError, OutOfMemory
-from engines.memory import GIB, free_bytes
+from engines.contract import GIB, Device, EngineBroken, EngineError, OutOfMemory
+from engines.memory import free_bytes
 from engines.request import Request
 
 logger = logging.getLogger(__name__)

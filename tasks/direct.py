@@ -18,7 +18,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,7 +31,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from engines import catalogue
 from engines.catalogue import JobType, UnknownModel
 from engines.contract import JobCancelled, Progress, Text
-from tasks import reading, tokens
+from tasks import addresses, reading, showing, tokens
 from tasks.fleet import WorkerState
 from tasks.job import DirectJob, Envelope, JobState
 from tasks.ledger import Ledger, StoreError
@@ -118,7 +117,7 @@ class Brought:
         return {
             "job_id": self.id,
             "status": str(envelope.outcome if envelope else JobState.RUNNING),
-            "created_at": _time(self.started_at),
+            "created_at": showing.rfc3339(self.started_at),
             "queue_position": None,
             "estimated_wait_seconds": None,
             "type": str(direct.type),
@@ -126,24 +125,17 @@ class Brought:
             "requested_model": direct.requested_model,
             "region": direct.region,
             "worker_id": worker_id,
-            "started_at": _time(self.started_at),
-            "completed_at": _time(self.started_at + envelope.run_s) if envelope else None,
+            "started_at": showing.rfc3339(self.started_at),
+            "completed_at": showing.rfc3339(self.started_at + envelope.run_s) if envelope else None,
             "priority": direct.priority,
             "timeout_seconds": direct.timeout_seconds,
             "attempt": 1,
             "error": {"code": error.code, "message": error.message} if error else None,
             "queued_reason": None,
             "progress": None,
-            "warnings": self._warnings(result),
+            "warnings": showing.warnings(direct.type, direct.model, direct.requested_model, result),
             "result": result,
         }
-
-    def _warnings(self, result: Mapping[str, Any] | None) -> list[str]:
-        direct = self.direct
-        told: list[str] = []
-        if direct.model and direct.requested_model and (known := catalogue.known(direct.type, direct.model)):
-            told += filter(None, [catalogue.warning(known, direct.requested_model)])
-        return told + [text for text in (result or {}).get("warnings", []) if text not in told]
 
 
 class DirectServer:
@@ -379,11 +371,7 @@ def public_url(listen: DirectSettings, store: str) -> str:
     host = listen.host
     if host in _ANY_HOST:
         url = urlsplit(store)
-        kind, _, _, _, address = socket.getaddrinfo(url.hostname, url.port or STORE_PORT, type=socket.SOCK_DGRAM)[0]
-        # Nothing is sent: connecting a datagram socket only looks the route up.
-        with socket.socket(kind, socket.SOCK_DGRAM) as probe:
-            probe.connect(address)
-            host = str(probe.getsockname()[0])
+        host = addresses.own_address(url.hostname, url.port or STORE_PORT)
     return f"http://{f'[{host}]' if ':' in host else host}:{listen.port}"
 
 
@@ -402,11 +390,11 @@ def _model(job_type: JobType, name: str | None, loaded: str) -> str | None:
 
 def _address() -> str:
     """The client's address: the connection's, or what a proxy on this host says of it."""
-    address = tokens.plain_address(request.remote_addr or "::")
+    address = addresses.plain_address(request.remote_addr or "::")
     forwarded = request.headers.get("X-Forwarded-For", "").rpartition(",")[2].strip()
-    if forwarded and tokens.is_loopback(address):
+    if forwarded and addresses.is_loopback(address):
         try:
-            return tokens.plain_address(forwarded)
+            return addresses.plain_address(forwarded)
         except ValueError:
             return address
     return address
@@ -420,11 +408,6 @@ def _gone() -> Callable[[], bool]:
     """Tells whether the request's client has hung up."""
     gone: Callable[[], bool] = request.environ["waitress.client_disconnected"]
     return gone
-
-
-def _time(seconds: float) -> str:
-    """Unix seconds as RFC 3339 in UTC with milliseconds."""
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds").removesuffix("+00:00") + "Z"
 
 
 def _event(name: str, body: Mapping[str, Any]) -> str:

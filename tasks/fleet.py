@@ -87,7 +87,7 @@ class Roster:
         key = (region, job_type, model)
         found = self._loads.get(key)
         if found is None:
-            found = self._loads[key] = load_of(self.of(region), job_type, model, service_s=None)
+            found = self._loads[key] = load_of(self.of(region), job_type, model)
         return replace(found, service_s=service_s)
 
     def beside(self, region: str, job_type: JobType, model: str | None = None) -> list[str]:
@@ -111,7 +111,7 @@ def able(cards: Iterable[Card], job_type: JobType, model: str | None = None) -> 
     ]
 
 
-def load_of(cards: Iterable[Card], job_type: JobType, model: str | None = None, *, service_s: float | None) -> Load:
+def load_of(cards: Iterable[Card], job_type: JobType, model: str | None = None) -> Load:
     """What the given workers of one region can do for a type; model: for jobs that name it."""
     everybody = able(cards, job_type)
     takers = able(everybody, job_type, model)
@@ -119,4 +119,4 @@ def load_of(cards: Iterable[Card], job_type: JobType, model: str | None = None, 
     busy = sum(card.busy.get(job_type, 0) for card in takers)
     # Jobs that name no model are spread over all, and this share of them over those that hold it.
     share = slots / max(sum(card.slots[job_type] for card in everybody), 1)
-    return Load(slots=slots, free=max(slots - busy, 0), service_s=service_s, share_beside=share)
+    return Load(slots=slots, free=max(slots - busy, 0), service_s=None, share_beside=share)

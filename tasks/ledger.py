@@ -42,7 +42,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from engines.contract import Progress
-from tasks import reliability
+from tasks import reliability, routing
 from tasks.job import MAX_ATTEMPTS, DirectJob, Envelope, Job, JobState
 from tasks.reliability import Tally
 
@@ -405,7 +405,13 @@ class Ledger:
         It has no place in any queue, and its params stay with the worker: nobody else will run it.
         """
         started = self._run["enter"](
-            keys=[f"job:{job_id}", "seq", "news", f"running:{worker_id}", f"begun:{direct.region}.{direct.type}"],
+            keys=[
+                f"job:{job_id}",
+                "seq",
+                "news",
+                f"running:{worker_id}",
+                f"begun:{routing.queue_name(direct.region, direct.type)}",
+            ],
             args=[job_id, worker_id, direct.timeout_seconds, direct.encode()],
         )
         return started / 1000 if started else None

@@ -9,7 +9,6 @@ no secret of the API leaves it, and a region's token is worth nothing in another
     type  job type              addr  address that the client calls from
 """
 
-import ipaddress
 from dataclasses import dataclass
 
 import jwt
@@ -87,15 +86,3 @@ def verify(text: str, secret: str, *, worker_id: str, address: str) -> Token:
         message = f"This token is for a client at another address than yours, which is {address} from here."
         raise TokenRefused("token_elsewhere", message, elsewhere=True)
     return token
-
-
-def plain_address(text: str) -> str:
-    """An IP address in its one form; ::ffff:10.0.0.1 is 10.0.0.1. Raises ValueError for what is none."""
-    address = ipaddress.ip_address(text)
-    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
-    return str(mapped or address)
-
-
-def is_loopback(address: str) -> bool:
-    """Whether a plain address is of this host alone."""
-    return ipaddress.ip_address(address).is_loopback

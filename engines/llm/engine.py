@@ -12,12 +12,12 @@ from typing import Any
 from jinja2 import TemplateError
 
 from engines.catalogue import Model
-from engines.contract import Device, InvalidInput, Report
+from engines.contract import GIB, Device, InvalidInput, Report
 from engines.llm.alone import Alone
 from engines.llm.batched import Batched
 from engines.llm.slot_cache import BLOCK
 from engines.llm.slot_network import TOLERANCE, SlotNetwork, is_plain, probe
-from engines.memory import CACHE_SHARE, GIB, free_bytes
+from engines.memory import CACHE_SHARE, free_bytes
 from engines.text.answer import Answer
 from engines.text.checkpoint import load
 from engines.text.row import Row

@@ -148,14 +148,14 @@ def test_a_worker_shows_that_it_loads_and_takes_jobs_only_once_it_has(ledger):
     station.announce()
     until(lambda: ledger.cards(), 10)
     shown = [Card.decode(text) for text in ledger.cards()]
-    assert (shown[0].state, load_of(shown, JobType.LLM, service_s=None).slots) == (WorkerState.LOADING, 0)
+    assert (shown[0].state, load_of(shown, JobType.LLM).slots) == (WorkerState.LOADING, 0)
 
     station.equip({JobType.LLM: Stuck()}, {JobType.LLM: "m"}, Duty({JobType.LLM: 4}), {})
     station.open()
     until(lambda: Card.decode(ledger.cards()[0]).state is WorkerState.READY, 10)
 
     shown = [Card.decode(text) for text in ledger.cards()]
-    assert load_of(shown, JobType.LLM, service_s=None).slots == 4
+    assert load_of(shown, JobType.LLM).slots == 4
     station.close()
 
 

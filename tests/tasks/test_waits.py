@@ -4,6 +4,7 @@ import heapq
 import random
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from statistics import median
 
 import pytest
@@ -134,6 +135,6 @@ def test_jobs_that_share_workers_share_a_queue_as_far_as_they_do():
 
 
 def test_who_takes_no_new_jobs_has_no_slots():
-    draining = fleet.load_of([], JobType.LLM, service_s=1.0)
+    draining = replace(fleet.load_of([], JobType.LLM), service_s=1.0)
 
     assert (draining.slots, routing.estimated_wait_s(0, draining)) == (0, None)
