@@ -43,7 +43,7 @@ clean:
 	find var -mindepth 1 -maxdepth 1 ! -name models -exec rm -rf {} + 2>/dev/null || true
 
 # What the platform needs to run, and what its development needs beyond that. The stamps are written last.
-$(VENV)/.run: $(VENV)/.made requirements.txt requirements/api.txt requirements/worker.txt requirements/constraints.txt
+$(VENV)/.run: $(VENV)/.made requirements.txt requirements/api.txt requirements/gpu_admin.txt requirements/worker.txt requirements/constraints.txt
 	@echo "Installing the packages of requirements.txt (torch is large: this takes a minute or more)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
