@@ -11,19 +11,26 @@ def held(path: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold the lock of that file, waiting for it; shared with others who ask for it so."""
     with _opened(path) as file:
         fcntl.flock(file, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        yield
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextmanager
-def if_free(path: Path) -> Iterator[bool]:
-    """Hold the lock of that file if nobody does; gives whether it is held now."""
+def if_free(path: Path, *, shared: bool = False) -> Iterator[bool]:
+    """Hold the lock of that file if nobody does, or none but those who share it; gives whether it is held now."""
     with _opened(path) as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             yield False
         else:
-            yield True
+            try:
+                yield True
+            finally:
+                # Closing the file alone does not let go while a process forked meanwhile (a server's worker) has it.
+                fcntl.flock(file, fcntl.LOCK_UN)
 
 
 @contextmanager

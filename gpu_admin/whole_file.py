@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, text: str, *, mode: int = 0o644) -> None:
     """Replace a file's text; whoever reads it sees the old text or the new one, after a power cut too.
 
     Raises OSError, having changed nothing: a full disk leaves the old text.
@@ -20,7 +20,7 @@ def write(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes files for the owner alone; the container's user reads configurations, too.
-        Path(name).chmod(0o644)
+        Path(name).chmod(mode)
         Path(name).replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
