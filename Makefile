@@ -35,7 +35,7 @@ format: setup
 bench: setup
 	$(BIN)/python -m bench
 
-setup: $(VENV)/.develop
+setup: $(VENV)/.develop $(VENV)/.triton
 
 ## The virtual environment and everything that was built or written; prepared models stay in var/models.
 clean:
@@ -52,6 +52,14 @@ $(VENV)/.develop: $(VENV)/.run requirements/dev.txt
 	@echo "Installing the packages of requirements/dev.txt"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
 	@touch $@
+
+# NVIDIA's tritonserver, which tests run: an environment of its own inside this one, as it needs an older numpy.
+$(VENV)/.triton: $(VENV)/.made requirements/triton_server.txt
+	@echo "Installing the packages of requirements/triton_server.txt"
+	@$(BIN)/python -m venv $(VENV)/triton && \
+	  $(VENV)/triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
+	    -r requirements/triton_server.txt && \
+	  touch $@ || echo "There is no tritonserver for this system and Python; the tests that run it are skipped." >&2
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

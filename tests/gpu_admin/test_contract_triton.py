@@ -1,0 +1,8 @@
+"""Triton keeps the contract of runners. A file of its own, to run beside the others."""
+
+from tests.gpu_admin.runner_contract import Contract
+from tests.gpu_admin.triton_case import make_case
+
+
+class TestTriton(Contract):
+    make_case = staticmethod(make_case)
