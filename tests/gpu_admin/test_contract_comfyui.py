@@ -1,0 +1,8 @@
+"""ComfyUI keeps the contract of runners. A file of its own, to run beside the others."""
+
+from tests.gpu_admin.comfyui_case import make_case
+from tests.gpu_admin.runner_contract import Contract
+
+
+class TestComfyUI(Contract):
+    make_case = staticmethod(make_case)
