@@ -132,6 +132,28 @@ class GPUInferenceClient:
         vectors: list[list[float]] = job["result"]["embeddings"]
         return vectors
 
+    def run_workflow(
+        self, workflow: Mapping[str, Any], images: Mapping[str, str | bytes] | None = None, **kwargs: Any
+    ) -> list[bytes]:
+        """The pictures that a ComfyUI workflow gives, node by node.
+
+        workflow: as "Export (API)" writes it. images: pictures, or paths of them, by the names that its nodes have for
+        them. kwargs: timeout (300); as for chat. What else a workflow gives (files, texts) is in the result of
+        run("comfyui", ...).
+        """
+        files = {name: _base64(picture) for name, picture in (images or {}).items()}
+        job = self.run("comfyui", {"workflow": dict(workflow), "images": files}, **{"timeout": 300, **kwargs})
+        return [base64.b64decode(image["image_base64"]) for image in job["result"]["images"]]
+
+    def infer(self, model_name: str, inputs: Sequence[Mapping[str, Any]], **kwargs: Any) -> dict[str, dict[str, Any]]:
+        """What a model of a Triton server gives: tensors by name, each with shape, datatype and flat data.
+
+        inputs: tensors with name, shape, datatype and data, as the v2 protocol has them. kwargs: model_version,
+        outputs ([{"name": ...}]); as for chat.
+        """
+        job = self.run("triton", {"model_name": model_name, "inputs": list(inputs)}, **kwargs)
+        return {tensor["name"]: tensor for tensor in job["result"]["outputs"]}
+
     def run(self, job_type: str, params: Mapping[str, Any], **kwargs: Any) -> Job:
         """The completed job, waited for. Raises JobNotCompleted.
 
@@ -286,8 +308,9 @@ class GPUInferenceClient:
         raise AssertionError("unreachable")
 
 
-def _base64(path: str) -> str:
-    return base64.b64encode(Path(path).read_bytes()).decode()
+def _base64(file: str | bytes) -> str:
+    data = file if isinstance(file, bytes) else Path(file).read_bytes()
+    return base64.b64encode(data).decode()
 
 
 def _key() -> dict[str, str]:

@@ -66,6 +66,31 @@ JOBS: dict[str, Any] = {
             "model": "BAAI/bge-m3",
         },
     },
+    "comfyui": {
+        "summary": "A ComfyUI workflow",
+        "value": {
+            "type": "comfyui",
+            "params": {
+                "workflow": {
+                    "1": {"class_type": "LoadImage", "inputs": {"image": "cat.png"}},
+                    "2": {"class_type": "ImageInvert", "inputs": {"image": ["1", 0]}},
+                    "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "inverted"}},
+                },
+                "images": {"cat.png": _PIXEL},
+            },
+        },
+    },
+    "triton": {
+        "summary": "An inference by a Triton server",
+        "value": {
+            "type": "triton",
+            "params": {
+                "model_name": "MAM",
+                "inputs": [{"name": "INPUT0", "shape": [1, 3], "datatype": "FP32", "data": [[1.0, 2.0, 3.0]]}],
+                "outputs": [{"name": "OUTPUT0"}],
+            },
+        },
+    },
 }
 
 DRY_RUNS: dict[str, Any] = {

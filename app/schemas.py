@@ -245,7 +245,7 @@ class ProgressView(Schema):
 
     done = fields.Integer()
     total = fields.Integer(allow_none=True, metadata={"description": "null where not known."})
-    unit = fields.String(metadata={"example": "step", "description": "token, step, second, text"})
+    unit = fields.String(metadata={"example": "step", "description": "token, step, second, text, node"})
     percent = fields.Function(
         lambda progress: round(100 * progress.done / progress.total, 1) if progress.total else None,
         metadata={"type": "number", "nullable": True},

@@ -20,6 +20,10 @@ class JobType(StrEnum):
     WHISPER = "whisper"
     #: Vectors from texts.
     EMBEDDING = "embedding"
+    #: A workflow that a ComfyUI of the host runs.
+    COMFYUI = "comfyui"
+    #: An inference that a Triton server of the host runs.
+    TRITON = "triton"
 
 
 class Guidance(StrEnum):
@@ -91,9 +95,11 @@ class Model:
     packaged: str | None = None
     #: A local folder that holds the weights; overrides both.
     folder: str | None = None
+    #: The server of the host that computes in the engine's place.
+    url: str | None = None
     #: The hub asks to accept terms first (HF_TOKEN).
     gated: bool = False
-    #: It computes here; False for an engine without weights, whose worker need not look for a device.
+    #: It computes here; False for an engine without weights of its own, whose worker need not look for a device.
     on_device: bool = True
     #: For image_gen: None lets the engine go by the pipeline's class.
     drawing: Drawing | None = None
@@ -110,6 +116,8 @@ IMAGE_GEN = "engines.image_gen.engine:Engine"
 VISION = "engines.vision.engine:Engine"
 WHISPER = "engines.whisper.engine:Engine"
 EMBEDDING = "engines.embedding.engine:Engine"
+COMFYUI = "engines.comfyui.engine:Engine"
+TRITON = "engines.triton.engine:Engine"
 ECHO = "engines.echo:Engine"
 
 _REMOTE_CODE = "it needs code of its own repository, which is not run"
@@ -219,6 +227,9 @@ MODELS: Sequence[Model] = (
         drawing=Drawing(8, 0.0, Guidance.NONE, side=64, side_step=8, least_side=64, prompt_tokens=64, one_size=True),
     ),
     Model("shapes-vision", JobType.VISION, VISION, 1, folder=str(_SHAPES / "vision")),
+    # Servers of the host, at the addresses they listen on by themselves.
+    Model("comfyui", JobType.COMFYUI, COMFYUI, url="http://127.0.0.1:8188", on_device=False),
+    Model("triton", JobType.TRITON, TRITON, url="http://127.0.0.1:8000", on_device=False),
     *(Model("echo", job_type, ECHO, on_device=False) for job_type in JobType),
 )
 
@@ -229,6 +240,8 @@ DEFAULT_ON_GPU = {
     JobType.VISION: "zai-org/GLM-4.1V-9B-Thinking",
     JobType.WHISPER: "openai/whisper-large-v3",
     JobType.EMBEDDING: "BAAI/bge-m3",
+    JobType.COMFYUI: "comfyui",
+    JobType.TRITON: "triton",
 }
 DEFAULT_ON_CPU = {
     JobType.LLM: "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -236,6 +249,13 @@ DEFAULT_ON_CPU = {
     JobType.VISION: "shapes-vision",
     JobType.WHISPER: "openai/whisper-base",
     JobType.EMBEDDING: "sentence-transformers/all-MiniLM-L6-v2",
+    JobType.COMFYUI: "comfyui",
+    JobType.TRITON: "triton",
+}
+#: Types that a server of the host computes, named by its URL, and the schemes that their engines speak.
+SERVERS: Mapping[JobType, tuple[str, ...]] = {
+    JobType.COMFYUI: ("http", "https"),
+    JobType.TRITON: ("http", "https", "grpc", "grpcs"),
 }
 
 

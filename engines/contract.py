@@ -2,6 +2,7 @@
 
 EngineError                 carries code and message; translated once, by the task
 ├── EngineLoadError         the engine cannot be loaded: the worker stops and says this
+│   └── ServerAway          the server that it needs does not answer: started again later, the worker may serve
 ├── InvalidInput            the job's own fault: that job fails, nothing is retried
 ├── OutOfMemory             the job does not fit beside what runs: that job fails
 └── EngineBroken            no job can run here any more: jobs are given back, the worker restarts
@@ -36,9 +37,12 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far one job has come: done of total units ("token", "step", "second")."""
+    """How far one job has come: done of total units ("token", "step", "second", "node").
 
-    done: int
+    A unit that is partly done may be counted as such: 3.4 of 7 nodes.
+    """
+
+    done: float
     total: int | None
     unit: str
 
@@ -86,6 +90,12 @@ class EngineLoadError(EngineError):
     """The engine cannot be loaded; the message says which, why, and what to set."""
 
     code = "engine_load_error"
+
+
+class ServerAway(EngineLoadError):
+    """The server of the host that computes for the engine cannot be reached."""
+
+    code = "server_away"
 
 
 class InvalidInput(EngineError):

@@ -1,6 +1,7 @@
 """Answers that repeat the question, from no weights: for measurements and tests, never a default.
 
-A last user message, prompt, question or first text of one of these forms is an instruction:
+A last user message, prompt, question, first text, first text input of a workflow or first BYTES element of one of
+these forms is an instruction:
 
     sleep 2.5    takes that many seconds and reports progress every 20 ms, so that it can be cancelled
     hang 30      takes that many seconds and reports nothing: deaf to cancel and deadline
@@ -97,6 +98,12 @@ def _asked(job_type: JobType, params: Mapping[str, Any]) -> str:
             return ""
         case JobType.EMBEDDING:
             return str(params["input"][0])
+        case JobType.COMFYUI:
+            inputs = (value for node in params["workflow"].values() for value in node["inputs"].values())
+            return next((value for value in inputs if isinstance(value, str)), "")
+        case JobType.TRITON:
+            elements = (element for tensor in params["inputs"] for element in tensor["data"])
+            return next((element for element in elements if isinstance(element, str)), "")
         case _:
             assert_never(job_type)
 
@@ -115,10 +122,8 @@ def _text(params: Mapping[str, Any], asked: str, answer: str) -> dict[str, Any]:
 def _picture(params: Mapping[str, Any], asked: str, answer: str) -> dict[str, Any]:
     width, height = params["width"] or 64, params["height"] or 64
     seed = params["seed"] if params["seed"] is not None else zlib.crc32(asked.encode())
-    file = io.BytesIO()
-    Image.new("RGB", (width, height), (seed & 255, seed >> 8 & 255, seed >> 16 & 255)).save(file, "PNG")
     return {
-        "image_base64": base64.b64encode(file.getvalue()).decode(),
+        "image_base64": _png(width, height, seed),
         "width": width,
         "height": height,
         "seed": seed,
@@ -126,6 +131,13 @@ def _picture(params: Mapping[str, Any], asked: str, answer: str) -> dict[str, An
         "steps": params["steps"] or 1,
         "guidance_scale": params["guidance_scale"] or 0.0,
     }
+
+
+def _png(width: int, height: int, seed: int) -> str:
+    """A plain picture of a colour that the seed chooses, as Base64."""
+    file = io.BytesIO()
+    Image.new("RGB", (width, height), (seed & 255, seed >> 8 & 255, seed >> 16 & 255)).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def _speech(params: Mapping[str, Any], asked: str, answer: str) -> dict[str, Any]:
@@ -148,12 +160,32 @@ def _vectors(params: Mapping[str, Any], asked: str, answer: str) -> dict[str, An
     }
 
 
+def _workflow(params: Mapping[str, Any], asked: str, answer: str) -> dict[str, Any]:
+    node = list(params["workflow"])[-1]
+    picture = {"image_base64": _png(64, 64, zlib.crc32(asked.encode())), "format": "png", "width": 64, "height": 64}
+    return {
+        "images": [{"node": node, "filename": "echo.png", **picture}],
+        "files": [],
+        "texts": [{"node": node, "text": answer}] if answer else [],
+    }
+
+
+def _tensors(params: Mapping[str, Any], asked: str, answer: str) -> dict[str, Any]:
+    return {
+        "model_name": params["model_name"],
+        "model_version": params["model_version"] or "1",
+        "outputs": [dict(tensor) for tensor in params["inputs"]],
+    }
+
+
 _UNITS = {
     JobType.LLM: "token",
     JobType.IMAGE_GEN: "step",
     JobType.VISION: "token",
     JobType.WHISPER: "second",
     JobType.EMBEDDING: "text",
+    JobType.COMFYUI: "node",
+    JobType.TRITON: "inference",
 }
 _ANSWERS: Mapping[JobType, Callable[[Mapping[str, Any], str, str], dict[str, Any]]] = {
     JobType.LLM: _text,
@@ -161,4 +193,6 @@ _ANSWERS: Mapping[JobType, Callable[[Mapping[str, Any], str, str], dict[str, Any
     JobType.VISION: _text,
     JobType.WHISPER: _speech,
     JobType.EMBEDDING: _vectors,
+    JobType.COMFYUI: _workflow,
+    JobType.TRITON: _tensors,
 }

@@ -3,8 +3,10 @@
 For workers only. torch is imported when a device is looked at, not when this module is.
 """
 
+import dataclasses
 import importlib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from engines import catalogue, packaged
 from engines.catalogue import JobType, Model, UnknownModel
@@ -12,10 +14,17 @@ from engines.contract import DTYPES, GIB, Device, Engine, EngineLoadError
 
 
 def resolve(job_type: JobType, name_or_path: str) -> Model:
-    """The catalogue's row of that id or alias, or a row made up for a local folder.
+    """The catalogue's row of that id or alias, or a row made up for a local folder or a server's URL.
 
     Raises UnknownModel with the nearest names.
     """
+    if "://" in name_or_path:
+        return _served_at(job_type, name_or_path)
+    if job_type in catalogue.SERVERS:
+        try:
+            return catalogue.find(job_type, name_or_path)
+        except UnknownModel as error:
+            raise UnknownModel(f"{error} It is no URL of a server either.") from None
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         folder = folder.resolve()
@@ -24,6 +33,25 @@ def resolve(job_type: JobType, name_or_path: str) -> Model:
         return catalogue.find(job_type, name_or_path)
     except UnknownModel as error:
         raise UnknownModel(f"{error} It is no local folder either.") from None
+
+
+def _served_at(job_type: JobType, url: str) -> Model:
+    """The type's row with the server of that URL. Raises UnknownModel."""
+    schemes = catalogue.SERVERS.get(job_type)
+    # The message does not repeat the URL: it may hold a password.
+    if schemes is None:
+        raise UnknownModel(f"{job_type} names a model, not the URL of a server; {' and '.join(catalogue.SERVERS)} do.")
+    try:
+        parts = urlsplit(url)
+        valid = parts.scheme in schemes and bool(parts.hostname) and parts.port != 0
+        # Messages and logs show the URL.
+        valid = valid and not (parts.username or parts.password or parts.query or parts.fragment)
+    except ValueError:
+        valid = False
+    row = catalogue.find(job_type, catalogue.DEFAULT_ON_CPU[job_type])
+    if not valid:
+        raise UnknownModel(f"{job_type} needs the URL of its server, without a user, such as {row.url}.")
+    return dataclasses.replace(row, url=url.rstrip("/"))
 
 
 def locate(model: Model) -> str:

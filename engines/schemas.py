@@ -1,4 +1,4 @@
-"""Params and results per job type: the only place with defaults and ranges.
+"""Params and results per job type: with engines/*/schemas.py the only place with defaults and ranges.
 
 Loading refuses unknown fields, strings where numbers are due, text that is no Unicode, and files that are not what
 they should be. What depends on the model (its own steps, its context) is left null here and settled by the engine.
@@ -11,8 +11,10 @@ from marshmallow import RAISE, Schema, ValidationError, fields, validate, valida
 
 from engines import media
 from engines.catalogue import JobType
+from engines.comfyui.schemas import ComfyuiParams, ComfyuiResult
 from engines.fields import File, Int, Number, StringOrList, Text, Truth
 from engines.languages import LANGUAGES
+from engines.triton.schemas import TritonParams, TritonResult
 
 #: Largest seed: JSON numbers are exact up to here in every client's language.
 MOST_SEED = 2**53 - 1
@@ -222,6 +224,8 @@ PARAMS: Mapping[JobType, Schema] = {
     JobType.VISION: VisionParams(),
     JobType.WHISPER: WhisperParams(),
     JobType.EMBEDDING: EmbeddingParams(),
+    JobType.COMFYUI: ComfyuiParams(),
+    JobType.TRITON: TritonParams(),
 }
 RESULTS: Mapping[JobType, Schema] = {
     JobType.LLM: LlmResult(),
@@ -229,6 +233,8 @@ RESULTS: Mapping[JobType, Schema] = {
     JobType.VISION: VisionResult(),
     JobType.WHISPER: WhisperResult(),
     JobType.EMBEDDING: EmbeddingResult(),
+    JobType.COMFYUI: ComfyuiResult(),
+    JobType.TRITON: TritonResult(),
 }
 
 

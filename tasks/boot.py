@@ -25,7 +25,7 @@ from celery.utils.text import str_to_list
 import celeryconfig
 from engines import catalogue
 from engines.catalogue import DEFAULT_ON_CPU, DEFAULT_ON_GPU, JobType, Model, UnknownModel
-from engines.contract import Device, Engine, EngineLoadError, JobCancelled
+from engines.contract import Device, Engine, EngineLoadError, JobCancelled, ServerAway
 from tasks import bootstrap, consuming, routing, settings
 from tasks.channel import Listener
 from tasks.duty import Duty, Hours
@@ -115,6 +115,8 @@ def _start(sender: Any, **_: Any) -> None:
         opened.announce()
         engines, models, warnings = _load(chosen, device, worker)
         loaded = True
+    except ServerAway as error:
+        _refuse(error, EXIT_AWAY)
     except (settings.SettingsError, UnknownModel, EngineLoadError) as error:
         _refuse(error)
     finally:
@@ -229,8 +231,10 @@ def _choose(types: list[JobType], worker: settings.WorkerSettings) -> tuple[dict
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from engines import loading
 
+    # What a server of the host computes has the same default on every device.
+    told = {**{job_type: DEFAULT_ON_CPU[job_type] for job_type in catalogue.SERVERS}, **worker.models}
     named: dict[JobType, Model] = {
-        job_type: _resolve(job_type, name) for job_type, name in worker.models.items() if job_type in types
+        job_type: _resolve(job_type, name) for job_type, name in told.items() if job_type in types
     }
     device = Device("cpu")
     if len(named) < len(types) or any(model.on_device for model in named.values()):

@@ -252,7 +252,7 @@ class DirectServer:
                 if isinstance(event, Text):
                     yield _event("text", {"delta": event.delta})
                 elif isinstance(event, Progress):
-                    yield _event("progress", {"done": event.done, "total": event.total, "unit": event.unit})
+                    yield _event("progress", {"done": int(event.done), "total": event.total, "unit": event.unit})
                 else:
                     ended = True
                     if event is not None:

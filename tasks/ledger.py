@@ -301,7 +301,7 @@ class Ledger:
         if not said:
             return None
         done, total, unit = said.split(" ", 2)
-        return Progress(int(done), int(total) if total else None, unit)
+        return Progress(float(done), int(total) if total else None, unit)
 
     def traffic(self, queues: Iterable[str]) -> dict[str, Traffic]:
         """What waits and runs in these queues and in every other that jobs were ever entered for."""

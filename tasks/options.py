@@ -13,7 +13,7 @@ from typing import Any, assert_never
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from zoneinfo import ZoneInfo, available_timezones
 
-from engines.catalogue import JobType
+from engines.catalogue import JobType, find
 from engines.contract import DTYPES
 
 #: Exit code of a worker that cannot start as configured: EX_CONFIG of sysexits.h. A supervisor need not retry it.
@@ -43,7 +43,7 @@ class DirectSettings:
 class WorkerSettings:
     """What one worker process was told."""
 
-    #: Model id or folder per job type; missing means the catalogue's default for the device.
+    #: Model id, folder or server's URL per job type; missing means the catalogue's default for the device.
     models: Mapping[JobType, str] = field(default_factory=dict)
     device_id: int | None = None
     dtype: str = "auto"
@@ -335,6 +335,19 @@ OPTIONS: tuple[Option, ...] = (
             ("GPU_EMBEDDING_MODEL", JobType.EMBEDDING),
         )
     ),
+    *(
+        Option(
+            f"engines.{job_type}.url",
+            variable,
+            f"models.{job_type}",
+            Kind.TEXT,
+            f"The {server} of this host that runs {job_type} jobs: its URL; default: {find(job_type, job_type).url}.",
+        )
+        for variable, job_type, server in (
+            ("GPU_COMFYUI_URL", JobType.COMFYUI, "ComfyUI"),
+            ("GPU_TRITON_URL", JobType.TRITON, "Triton server"),
+        )
+    ),
     Option(
         "heartbeat_interval",
         "GPU_HEARTBEAT_INTERVAL",
@@ -434,7 +447,7 @@ OPTIONS: tuple[Option, ...] = (
 BY_PATH: Mapping[str, Option] = {option.path: option for option in OPTIONS}
 BY_VARIABLE: Mapping[str, Option] = {option.variable: option for option in OPTIONS}
 
-#: The seed's names of the model settings.
+#: What names the model of each type, or its server; the seed's names where it has one.
 MODEL_VARIABLES: Mapping[str, JobType] = {
     option.variable: JobType(option.target.removeprefix("models."))
     for option in OPTIONS

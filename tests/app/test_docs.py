@@ -69,7 +69,7 @@ def test_the_document_has_the_seeds_example_both_keys_and_the_problem(client):
     assert all(list(response["content"]) == ["application/problem+json"] for response in responses.values())
     assert document["components"]["schemas"]["LlmParams"]["properties"]["temperature"]["maximum"] == 2
     params = document["components"]["schemas"]["JobCreate"]["properties"]["params"]
-    kinds = ("Llm", "ImageGen", "Vision", "Whisper", "Embedding")
+    kinds = ("Llm", "ImageGen", "Vision", "Whisper", "Embedding", "Comfyui", "Triton")
     assert params["oneOf"] == [{"$ref": f"#/components/schemas/{kind}Params"} for kind in kinds]
 
 

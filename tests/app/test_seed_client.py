@@ -144,6 +144,10 @@ def test_the_seeds_client_and_ours_call_every_type_as_the_seed_writes_it(url: st
         assert any_client.transcribe(str(SPEECH)) == ""
     sdk = Sdk(url)
     assert len(sdk.embed(["a", "b"])) == 2
+    picture = {"1": {"class_type": "LoadImage", "inputs": {"image": "cat.jpg"}}}
+    assert sdk.run_workflow(picture, {"cat.jpg": str(photo)})[0].startswith(b"\x89PNG")
+    tensor = {"name": "INPUT0", "shape": [2], "datatype": "FP32", "data": [1, 2.5]}
+    assert sdk.infer("MAM", [tensor], model_version="1")["INPUT0"] == tensor
     assert {model["type"] for model in sdk.models(live="true")} == set(JobType)
     assert sdk.run("llm", {"messages": [{"role": "user", "content": "hi"}]}, model="echo")["model"] == "echo"
     queue = requests.get(f"{url}/api/v1/jobs/stats/queue", timeout=5).json()

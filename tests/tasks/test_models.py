@@ -27,6 +27,11 @@ PARAMS = {
     JobType.VISION: {"image_base64": picture(), "question": "what is it"},
     JobType.WHISPER: {"audio_base64": base64.b64encode(b"RIFF....WAVE").decode()},
     JobType.EMBEDDING: {"input": "a text"},
+    JobType.COMFYUI: {"workflow": {"1": {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat"}}}},
+    JobType.TRITON: {
+        "model_name": "MAM",
+        "inputs": [{"name": "INPUT0", "shape": [2, 1], "datatype": "FP32", "data": [[1.5], [2]]}],
+    },
 }
 
 

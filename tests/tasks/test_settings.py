@@ -85,7 +85,7 @@ OTHER = {
     "gpu.device_id": ("1", 1),
     "gpu.dtype": ("float16", "float16"),
     "supported_types": ("vision,llm", (JobType.VISION, JobType.LLM)),
-    **{f"engines.{job_type}.model_id": ("echo", "echo") for job_type in JobType},
+    **{option.path: ("echo", "echo") for option in OPTIONS if option.target.startswith("models.")},
     "heartbeat_interval": ("10", 10.0),
     "poll_interval": ("0.5", 0.5),
     "direct.enabled": ("true", True),

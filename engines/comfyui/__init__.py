@@ -1,0 +1,1 @@
+"""Workflows, run by a ComfyUI of the host."""

@@ -1,0 +1,1 @@
+"""Inferences, run by a Triton server of the host."""
