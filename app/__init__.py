@@ -55,6 +55,11 @@ def create_app(settings: Settings | None = None) -> Flask:
         workers.blueprint,
     ):
         extensions["api"].register_blueprint(blueprint)
+    if settings.gpu_admin_mount:
+        # Loaded here: by itself the API needs nothing of it.
+        from app import hosts
+
+        hosts.mount(app, extensions["api"])
     app.register_blueprint(docs.blueprint)
     app.cli.add_command(commands.keys)
     app.cli.add_command(commands.database)

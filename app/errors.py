@@ -171,14 +171,15 @@ def register(app: Flask) -> None:
     """Make every error of the app a problem."""
     for kind in (OperationalError, InterfaceError, ProgrammingError, PoolTimeout):
         app.register_error_handler(kind, _database_away)
-    app.register_error_handler(Problem, _answer)
+    app.register_error_handler(Problem, answer)
     app.register_error_handler(Unavailable, _unavailable)
     app.register_error_handler(IdempotencyConflict, _key_reused)
     app.register_error_handler(HTTPException, _http)
     app.register_error_handler(Exception, _unexpected)
 
 
-def _answer(problem: Problem) -> Response:
+def answer(problem: Problem) -> Response:
+    """The problem as a response; Problems that are raised are answered by themselves."""
     status = HTTPStatus(problem.status)
     body: dict[str, Any] = {
         "type": "about:blank",
@@ -196,11 +197,11 @@ def _answer(problem: Problem) -> Response:
 
 
 def _unavailable(error: Unavailable) -> Response:
-    return _answer(Busy(error.code, error.message, retry_after_s=error.retry_after_s))
+    return answer(Busy(error.code, error.message, retry_after_s=error.retry_after_s))
 
 
 def _key_reused(_: IdempotencyConflict) -> Response:
-    return _answer(KeyReused("This Idempotency-Key was sent with another request before; use a new one."))
+    return answer(KeyReused("This Idempotency-Key was sent with another request before; use a new one."))
 
 
 def _database_away(error: Exception) -> Response:
@@ -209,7 +210,7 @@ def _database_away(error: Exception) -> Response:
         "request %s: the database cannot be used: %s", request_id(), getattr(error, "orig", None) or type(error)
     )
     detail = "The database cannot be used right now. Send the request again; a create, with an Idempotency-Key."
-    return _answer(Busy("database_unavailable", detail, retry_after_s=DATABASE_RETRY_S))
+    return answer(Busy("database_unavailable", detail, retry_after_s=DATABASE_RETRY_S))
 
 
 def _http(error: HTTPException) -> Response:
@@ -229,7 +230,7 @@ def _http(error: HTTPException) -> Response:
         problem = Problem(error.description or status.phrase)
         problem.code = status.name.lower()
     problem.status = status
-    return _answer(problem)
+    return answer(problem)
 
 
 def _unexpected(error: Exception) -> Response:
@@ -237,4 +238,4 @@ def _unexpected(error: Exception) -> Response:
     problem = Problem("The server failed; its log has the details under this request_id.")
     problem.status = HTTPStatus.INTERNAL_SERVER_ERROR
     problem.code = "internal_error"
-    return _answer(problem)
+    return answer(problem)

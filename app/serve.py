@@ -42,9 +42,14 @@ def main() -> None:
     _check_keys(settings, app.extensions["keys"])
     server = _open(app, settings)
     signal.signal(signal.SIGTERM, _leave)
+    mounted = app.extensions.get("gpu_admin")
+    if mounted is not None:
+        mounted.host.instances.watch()
     logger.info("the API is at http://%s:%d, its documentation at /docs", settings.host, settings.port)
     # Returns after SystemExit or KeyboardInterrupt, once short requests have ended or five seconds have passed.
     server.run()
+    if mounted is not None:
+        mounted.host.instances.close()
     app.extensions["dispatch"].close()
     logger.info("the API has stopped")
 

@@ -48,6 +48,8 @@ class Settings:
     client_regions: Mapping[Network, str] = field(default_factory=dict)
     #: Seconds for which a token of direct mode lets its job in; at most what the ledger remembers of a job.
     direct_token_s: int = DIRECT_TOKEN_S
+    #: Serve the admin API of this host too; its settings are gpu_admin's own.
+    gpu_admin_mount: bool = False
 
     @property
     def sync_waiters(self) -> int:
@@ -66,11 +68,12 @@ class Settings:
             host=environ.get("HOST") or HOST,
             port=_whole(environ, "PORT", PORT, least=1, most=65_535),
             threads=_whole(environ, "API_THREADS", THREADS, least=4, most=20_000),
-            allow_anonymous=environ.get("GPU_ALLOW_ANONYMOUS", "").strip().lower() in ("1", "true", "yes", "on"),
+            allow_anonymous=_truth(environ, "GPU_ALLOW_ANONYMOUS"),
             max_body_bytes=_whole(environ, "MAX_BODY_BYTES", MOST_BODY_BYTES, least=1024, most=1024**3),
             trusted_proxies=_proxies(environ),
             client_regions=_networks(environ, regions),
             direct_token_s=_whole(environ, "DIRECT_TOKEN_SECONDS", DIRECT_TOKEN_S, least=5, most=300),
+            gpu_admin_mount=_truth(environ, "GPU_ADMIN_MOUNT"),
         )
 
 
@@ -91,6 +94,10 @@ def _whole(environ: Mapping[str, str], name: str, default: int, *, least: int, m
     if not text.isdecimal() or not least <= int(text) <= most:
         raise SettingsError(f"{name} must be a whole number from {least} to {most}, not {text!r}.")
     return int(text)
+
+
+def _truth(environ: Mapping[str, str], name: str) -> bool:
+    return environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
 
 
 def _proxies(environ: Mapping[str, str]) -> list[Network]:

@@ -5,7 +5,7 @@ import sys
 
 from engines import packaged
 
-MEASUREMENTS = ("overhead", "depth", "chat", "llm_engine", "engines", "fleet", "failover")
+MEASUREMENTS = ("overhead", "depth", "chat", "llm_engine", "engines", "fleet", "failover", "gpu_admin")
 
 
 def main() -> None:

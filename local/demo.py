@@ -44,7 +44,16 @@ class DemoFailed(Exception):
 
 def at_home(environ: Mapping[str, str]) -> dict[str, str]:
     """The environment without what leads elsewhere; empty, so that .env does not fill it in again."""
-    return {**environ, **dict.fromkeys(_ELSEWHERE, ""), "GPU_CONFIG": os.devnull, "HOST": LOOPBACK}
+    return {
+        **environ,
+        **dict.fromkeys(_ELSEWHERE, ""),
+        # This host's model servers are left alone; the admin API shows its GPUs.
+        **dict.fromkeys((name for name in environ if name.startswith("GPU_ADMIN_") and name != "GPU_ADMIN_PORT"), ""),
+        "GPU_CONFIG": os.devnull,
+        "GPU_ADMIN_CONFIG": os.devnull,
+        "GPU_ADMIN_HOST": LOOPBACK,
+        "HOST": LOOPBACK,
+    }
 
 
 def show(settings: Settings, processes: Processes, picture: Path) -> None:
@@ -175,9 +184,10 @@ def main() -> None:
                 print(f"{name:8} | {line}", file=log, flush=True)
 
             with platform.running(settings, environ, say, hear, fresh=True) as processes:
-                print(f"\nAPI     {settings.api_url}/api/v1/jobs")
-                print(f"docs    {settings.api_url}/docs")
-                print(f"Flower  {settings.flower_url}")
+                print(f"\nAPI        {settings.api_url}/api/v1/jobs")
+                print(f"docs       {settings.api_url}/docs")
+                print(f"Flower     {settings.flower_url}")
+                print(f"gpu_admin  {settings.gpu_admin_url}/docs")
                 show(settings, processes, usual.data_dir / "demo.png")
                 print(flush=True)
         print("All jobs were completed. `make up` starts the same and stays up.")

@@ -30,7 +30,7 @@ from tasks.ledger import Ledger, open_store
 #: Called with one line of progress.
 Say = Callable[[str], None]
 
-#: How long store, API, control and Flower may take; a worker may have to fetch its model first.
+#: How long store, API, control, Flower and the admin API may take; a worker may have to fetch its model first.
 START_LIMIT_S = 90.0
 WORKER_LIMIT_S = 3600.0
 #: How long one question whether a part is ready may take.
@@ -68,7 +68,8 @@ def running(
             if pid := pidfiles.end_orphan(note):
                 say(f"ended a {note.stem} process that an earlier run left behind (pid {pid})")
         ports.check(settings)
-        say(f"ports {settings.port}, {settings.flower_port} and {settings.store_port} are free")
+        free = (settings.port, settings.flower_port, settings.gpu_admin_port)
+        say(f"ports {', '.join(map(str, free))} and {settings.store_port} are free")
         if fresh:
             _empty(settings.data_dir, keep=settings.run_dir)
         processes = Processes(settings.run_dir, environ, hear)
@@ -172,12 +173,17 @@ def _parts(settings: Settings, environ: Mapping[str, str]) -> list[tuple[str, Re
         fetch(f"{settings.flower_url}/healthcheck")
         return f"Flower answers on port {settings.flower_port}"
 
+    def gpu_admin() -> str:
+        fetch(settings.gpu_admin_url)
+        return f"gpu_admin answers on port {settings.gpu_admin_port}"
+
     return [
         ("store", store, START_LIMIT_S),
         ("API", api, START_LIMIT_S),
         ("control", control, START_LIMIT_S),
         ("worker", worker, WORKER_LIMIT_S),
         ("Flower", flower, START_LIMIT_S),
+        ("gpu_admin", gpu_admin, START_LIMIT_S),
     ]
 
 

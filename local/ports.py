@@ -12,13 +12,14 @@ class PortTaken(Exception):
 
 def check(settings: Settings) -> None:
     """Raises PortTaken for the first of the platform's ports that cannot be listened on."""
-    numbers = [settings.port, settings.flower_port, settings.store_port]
+    numbers = [settings.port, settings.flower_port, settings.store_port, settings.gpu_admin_port]
     for number in numbers:
         if numbers.count(number) > 1:
-            raise PortTaken(f"PORT, FLOWER_PORT and STORE_PORT must differ; {number} is given twice.")
+            raise PortTaken(f"PORT, FLOWER_PORT, STORE_PORT and GPU_ADMIN_PORT must differ; {number} is given twice.")
     check_one("the API", settings.host, settings.port, "PORT")
     check_one("Flower", LOOPBACK, settings.flower_port, "FLOWER_PORT")
     check_one("the store", LOOPBACK, settings.store_port, "STORE_PORT")
+    check_one("the host's admin API", settings.gpu_admin_host, settings.gpu_admin_port, "GPU_ADMIN_PORT")
 
 
 def check_one(what: str, host: str, port: int, variable: str) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from app.settings import Settings as ApiSettings
 from engines.catalogue import DEFAULT_ON_CPU
+from gpu_admin.settings import Settings as AdminSettings
+from gpu_admin.settings import SettingsError as AdminSettingsError
 from tasks.settings import MODEL_VARIABLES, SettingsError, data_dir, default_store, effective
 
 LOOPBACK = "127.0.0.1"
@@ -21,6 +23,9 @@ class Settings:
     host: str
     port: int
     flower_port: int
+    #: The address and port of this host's admin API.
+    gpu_admin_host: str
+    gpu_admin_port: int
     store_port: int
     database_url: str
     #: Database, store, logs and pid files.
@@ -44,9 +49,12 @@ class Settings:
     @property
     def api_url(self) -> str:
         """Where this machine reaches the API."""
-        everywhere = self.host in ("0.0.0.0", "::")  # noqa: S104 - compared, not bound
-        host = LOOPBACK if everywhere else self.host
-        return f"http://[{host}]:{self.port}" if ":" in host else f"http://{host}:{self.port}"
+        return _url(self.host, self.port)
+
+    @property
+    def gpu_admin_url(self) -> str:
+        """Where this machine reaches its admin API."""
+        return _url(self.gpu_admin_host, self.gpu_admin_port)
 
     @property
     def flower_url(self) -> str:
@@ -58,11 +66,17 @@ def load(environ: Mapping[str, str]) -> Settings:
     """The settings; a variable that is empty counts as left out. Raises SettingsError."""
     store = default_store(environ)
     api = ApiSettings.from_environ(environ)
+    try:
+        admin = AdminSettings.from_environ(environ)
+    except AdminSettingsError as error:
+        raise SettingsError(str(error)) from error
     return Settings(
         host=api.host,
         port=api.port,
         database_url=api.database_url,
         flower_port=_port("FLOWER_PORT", environ.get("FLOWER_PORT") or FLOWER_PORT),
+        gpu_admin_host=admin.host,
+        gpu_admin_port=admin.port,
         store_port=_port("STORE_PORT", store.rpartition(":")[2]),
         data_dir=data_dir(environ),
     )
@@ -89,6 +103,8 @@ def for_processes(settings: Settings, environ: Mapping[str, str]) -> dict[str, s
         "HOST": settings.host,
         "PORT": str(settings.port),
         "FLOWER_PORT": str(settings.flower_port),
+        "GPU_ADMIN_HOST": settings.gpu_admin_host,
+        "GPU_ADMIN_PORT": str(settings.gpu_admin_port),
         "STORE_PORT": str(settings.store_port),
         "DATABASE_URL": settings.database_url,
         "GPU_DATA_DIR": str(settings.data_dir),
@@ -99,6 +115,13 @@ def for_processes(settings: Settings, environ: Mapping[str, str]) -> dict[str, s
         "NO_PROXY": loopback,
         "no_proxy": loopback,
     }
+
+
+def _url(host: str, port: int) -> str:
+    """Where this machine reaches a server that listens there."""
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared, not bound
+        host = LOOPBACK
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _port(name: str, text: str) -> int:

@@ -28,8 +28,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_journey.py")
 
 
-# No test's worker is told anything by the config.yaml of whoever runs the tests.
+# No test's worker is told anything by the config.yaml of whoever runs the tests, no admin API by gpu_admin.yaml.
 os.environ["GPU_CONFIG"] = os.devnull
+os.environ["GPU_ADMIN_CONFIG"] = os.devnull
 
 
 class Valkey:

@@ -19,6 +19,8 @@ MODEL_LIBRARIES = {
     "soundfile",
     "soxr",
 }
+#: Of servers that compute for engines; no business of whoever only hands jobs on.
+CLIENTS = {"websocket", "tritonclient", "grpc"}
 
 
 def loaded_by(module: str, folder: Path = ROOT) -> set[str]:
@@ -31,11 +33,14 @@ def loaded_by(module: str, folder: Path = ROOT) -> set[str]:
 @pytest.mark.parametrize(
     ("module", "kept_out"),
     [
-        ("wsgi", MODEL_LIBRARIES),
-        ("app.control", MODEL_LIBRARIES),
-        ("tasks.boot", {"flask", "sqlalchemy", "app"} | MODEL_LIBRARIES),
+        ("wsgi", {"gpu_admin", "docker", "pynvml"} | MODEL_LIBRARIES | CLIENTS),
+        ("app.control", MODEL_LIBRARIES | CLIENTS),
+        ("tasks.boot", {"flask", "sqlalchemy", "app"} | MODEL_LIBRARIES | CLIENTS),
         ("tasks.launch", {"flask", "sqlalchemy", "app"} | MODEL_LIBRARIES),
         ("local.up", MODEL_LIBRARIES),
+        ("gpu_admin", {"flask", "psutil", "yaml", "docker", "pynvml"} | MODEL_LIBRARIES | CLIENTS),
+        # Docker's SDK comes with the Triton runner, where that is used.
+        ("gpu_admin.web", {"app", "tasks", "engines", "celery", "docker"} | MODEL_LIBRARIES | CLIENTS),
     ],
 )
 def test_a_process_loads_no_more_than_it_needs(module: str, kept_out: set[str]) -> None:

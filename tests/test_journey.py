@@ -15,7 +15,7 @@ from shapes.world import Scene, judge
 from tasks.settings import MODEL_VARIABLES
 
 ROOT = Path(__file__).resolve().parent.parent
-PORTS = ("PORT", "FLOWER_PORT", "STORE_PORT")
+PORTS = ("PORT", "FLOWER_PORT", "STORE_PORT", "GPU_ADMIN_PORT")
 #: The settings of whoever runs the tests must not lead the demo elsewhere.
 FOREIGN = {
     "DATABASE_URL": "postgresql://nobody@127.0.0.1:9/x",

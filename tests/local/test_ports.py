@@ -11,6 +11,8 @@ from local.settings import LOOPBACK, load
 from tasks.settings import SettingsError
 from tests.rig import free_port
 
+VARIABLES = ["PORT", "FLOWER_PORT", "STORE_PORT", "GPU_ADMIN_PORT"]
+
 
 @pytest.fixture
 def taken() -> Iterator[int]:
@@ -21,11 +23,11 @@ def taken() -> Iterator[int]:
 
 def environ(tmp_path: Path, **ports_taken: int) -> dict[str, str]:
     """Free ports, except for those given."""
-    free = {name: str(free_port()) for name in ("PORT", "FLOWER_PORT", "STORE_PORT")}
+    free = {name: str(free_port()) for name in VARIABLES}
     return {**free, **{name: str(port) for name, port in ports_taken.items()}, "GPU_DATA_DIR": str(tmp_path)}
 
 
-@pytest.mark.parametrize("variable", ["PORT", "FLOWER_PORT", "STORE_PORT"])
+@pytest.mark.parametrize("variable", VARIABLES)
 def test_a_port_in_use_is_named_with_the_variable_that_moves_it(tmp_path: Path, taken: int, variable: str) -> None:
     settings = load(environ(tmp_path, **{variable: taken}))
 
@@ -57,7 +59,7 @@ def test_one_port_for_two_parts_is_refused(tmp_path: Path) -> None:
         ports.check(load(environ(tmp_path, PORT=port, STORE_PORT=port)))
 
 
-@pytest.mark.parametrize("variable", ["PORT", "FLOWER_PORT", "STORE_PORT"])
+@pytest.mark.parametrize("variable", VARIABLES)
 @pytest.mark.parametrize("value", ["0", "65536", "http", "-1"])
 def test_a_port_that_is_none_is_refused_by_name(tmp_path: Path, variable: str, value: str) -> None:
     with pytest.raises(SettingsError, match=variable):

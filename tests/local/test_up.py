@@ -15,7 +15,7 @@ import pytest
 from local.settings import LOOPBACK
 from tests.rig import ECHO
 
-PORTS = ("PORT", "FLOWER_PORT", "STORE_PORT")
+PORTS = ("PORT", "FLOWER_PORT", "STORE_PORT", "GPU_ADMIN_PORT")
 UP = "everything is up"
 #: Starting and stopping take a few seconds each; more on a machine that is busy with other tests.
 LIMIT_S = 90
@@ -66,7 +66,7 @@ class Up:
     def children(self) -> dict[str, psutil.Process]:
         """What it runs, by a word of the command line."""
         words = {"store": "valkey-server", "api": "app.serve", "control": "app.control", "worker": "worker"}
-        words["flower"] = "flower"
+        words.update(flower="flower", gpu_admin="gpu_admin:create_app")
         found = {child: " ".join(child.cmdline()) for child in self.process.children(recursive=True)}
         return {name: next(child for child, line in found.items() if word in line) for name, word in words.items()}
 
