@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo up test check format bench setup clean
+.PHONY: demo up test check format bench chaos fuzz setup clean
 .DEFAULT_GOAL := demo
 
 ## A job of every type through the whole platform, then stop.
@@ -34,6 +34,14 @@ format: setup
 
 bench: setup
 	$(BIN)/python -m bench
+
+## Faults under load, and what they did to the jobs; CHAOS='--jobs 2000 --faults 200 --broker rabbitmq' and so on.
+chaos: setup
+	@$(BIN)/python -m tests.chaos.harness $(CHAOS)
+
+## Bad and good input at scale, for an hour or so: 40,000 requests, 500 runs of events. FUZZ="--seed 7 --cases 1000"
+fuzz: setup
+	$(BIN)/python -m tests.fuzz.run $(FUZZ)
 
 setup: $(VENV)/.develop $(VENV)/.triton
 

@@ -6,10 +6,11 @@ from typing import Any
 from flask import Flask
 from flask.json.provider import DefaultJSONProvider
 
-from app import bootstrap, commands, direct, docs, errors, headers, health, jobs, models, workers
+from app import audit, bootstrap, commands, cors, direct, docs, doctor, errors, headers, health, jobs, models, workers
 from app.auth import Guard
 from app.dispatch import open_dispatch
 from app.keys import Keys
+from app.limits import QueueCap, limit_requests
 from app.origin import Origins
 from app.settings import Settings
 from app.tables import open_database
@@ -36,16 +37,22 @@ def create_app(settings: Settings | None = None) -> Flask:
         "settings": settings,
         "database": engine,
         "keys": keys,
-        "dispatch": open_dispatch(engine, settings.regions, settings.default_region, settings.blobs_url),
+        "dispatch": open_dispatch(
+            engine, settings.regions, settings.default_region, settings.blobs_url, max_unsent=settings.max_unsent
+        ),
         "origins": Origins(settings),
         "sync_turns": threading.BoundedSemaphore(settings.sync_waiters),
+        "queue_cap": QueueCap(engine, settings.max_queued_per_key),
+        "audit": audit.register(app, engine),
         "api": docs.open_api(app),
     }
     app.extensions.update(extensions)
 
     errors.register(app)
-    headers.register(app)
+    headers.register(app, hsts_s=settings.hsts_s)
+    cors.register(app, settings.cors_origins)
     app.before_request(Guard(keys, allow_anonymous=settings.allow_anonymous).admit)
+    limit_requests(app, settings)
     for blueprint in (
         jobs.blueprint,
         models.blueprint,
@@ -62,5 +69,7 @@ def create_app(settings: Settings | None = None) -> Flask:
         hosts.mount(app, extensions["api"])
     app.register_blueprint(docs.blueprint)
     app.cli.add_command(commands.keys)
+    app.cli.add_command(commands.audit)
     app.cli.add_command(commands.database)
+    app.cli.add_command(doctor.doctor)
     return app

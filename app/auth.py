@@ -14,8 +14,10 @@ from app.keys import Keys, RefusedKey, Scope
 
 logger = logging.getLogger(__name__)
 
-#: Owner of the jobs that are made while no key exists.
+#: Owner of the jobs that are made while no key exists, and what programs on this host then have in place of a key.
 LOCAL = "local"
+#: What anybody else has then, where the settings let them in.
+ANONYMOUS = "anonymous"
 #: Headers that a proxy adds: whoever connects from here then speaks for somebody else.
 PROXY_HEADERS = ("X-Forwarded-For", "X-Real-IP", "Forwarded")
 
@@ -26,7 +28,9 @@ View = TypeVar("View", bound=Callable[..., Any])
 class Caller:
     """Whoever sent the request."""
 
-    #: Key id, or "local"; the owner of the jobs it makes.
+    #: Key id, LOCAL or ANONYMOUS.
+    key: str
+    #: Whom the jobs that it makes belong to; keys that replace one another have the same.
     owner: str
     scopes: frozenset[Scope]
 
@@ -94,14 +98,16 @@ class Guard:
         try:
             key = self._keys.check(presented)
         except RefusedKey as error:
+            # For the audit log.
+            g.refused_key = error.key_id
             raise KeyRefused(str(error)) from error
-        return Caller(key.id, key.scopes)
+        return Caller(key.id, key.owner, key.scopes)
 
     def _anonymous(self) -> Caller:
         if _is_local():
-            return Caller(LOCAL, frozenset(Scope))
+            return Caller(LOCAL, LOCAL, frozenset(Scope))
         if self._allow_anonymous:
-            return Caller(LOCAL, frozenset({Scope.INFER, Scope.READ}))
+            return Caller(ANONYMOUS, LOCAL, frozenset({Scope.INFER, Scope.READ}))
         raise KeyRequired(
             "No API key exists yet, so only programs on the server itself are served. "
             "Make one there: flask --app wsgi keys create NAME --scope infer"

@@ -1,14 +1,15 @@
-"""What the operator types: flask --app wsgi keys ..., flask --app wsgi db upgrade."""
+"""What the operator types: flask --app wsgi keys ..., audit, db upgrade."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import click
 from flask import current_app
-from flask.cli import AppGroup
+from flask.cli import AppGroup, with_appcontext
 from sqlalchemy.exc import DBAPIError
 
-from app.keys import Key, Keys, Scope
+from app.audit import Audit
+from app.keys import Key, Keys, NotRotated, Scope
 from app.settings import Settings
 from app.tables import upgrade
 
@@ -30,6 +31,7 @@ def create_key(name: str, scopes: Sequence[str], expires_days: float | None) -> 
         text = _keys().create(name, map(Scope, scopes), expires_days=expires_days)
     except DBAPIError as error:
         raise click.ClickException(_NO_TABLES) from error
+    _audit().command("keys.create", _id_of(text))
     click.echo(text)
     click.echo("Keep it: it cannot be shown again. From now on every request needs a key.", err=True)
 
@@ -42,22 +44,77 @@ def list_keys() -> None:
     except DBAPIError as error:
         raise click.ClickException(_NO_TABLES) from error
     for key in known:
-        click.echo(f"{key.id}  {_state(key):20}  {','.join(sorted(key.scopes)):20}  {_day(key.created_at)}  {key.name}")
+        replaces = f"  (owner {key.owner})" if key.owner != key.id else ""
+        scopes = ",".join(sorted(key.scopes))
+        click.echo(f"{key.id}  {_state(key):20}  {scopes:20}  {_day(key.created_at)}  {key.name}{replaces}")
+
+
+@keys.command("rotate")
+@click.argument("key_id", metavar="ID")
+@click.option(
+    "--overlap-hours",
+    type=click.FloatRange(min=0, max=24 * 366),
+    default=24,
+    show_default=True,
+    help="How long the old key still works.",
+)
+@click.option(
+    "--expires-days",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Left out, the new key lives for as long as the old one was meant to.",
+)
+def rotate_key(key_id: str, overlap_hours: float, expires_days: float | None) -> None:
+    """Make a second key with the same name, scopes and jobs, and let the old one expire."""
+    key_id = _id_of(key_id)
+    try:
+        text = _keys().rotate(key_id, overlap_s=overlap_hours * 3600, expires_days=expires_days)
+    except NotRotated as error:
+        raise click.ClickException(str(error)) from error
+    except DBAPIError as error:
+        raise click.ClickException(_NO_TABLES) from error
+    _audit().command("keys.rotate", f"{key_id} to {_id_of(text)}")
+    click.echo(text)
+    click.echo(f"Keep it: it cannot be shown again. {key_id} works for {overlap_hours:g} h more.", err=True)
 
 
 @keys.command("revoke")
 @click.argument("key_id", metavar="ID")
 def revoke_key(key_id: str) -> None:
     """Close a key for good; ID as `keys list` shows it."""
-    # The whole key is what people have at hand, though only its id is needed.
-    key_id = key_id.removeprefix("gpi_")[:8]
+    key_id = _id_of(key_id)
     try:
         done = _keys().revoke(key_id)
     except DBAPIError as error:
         raise click.ClickException(_NO_TABLES) from error
     if not done:
         raise click.ClickException(f"There is no open key {key_id}.")
+    _audit().command("keys.revoke", key_id)
     click.echo(f"{key_id} is revoked.")
+
+
+@click.command("audit")
+@click.option("--actor", help="A key's id, `local`, or `cli:<user>`.")
+@click.option("--action", help="How its name begins: workers.drain, jobs., keys.")
+@click.option("--hours", type=click.FloatRange(min=0, min_open=True), help="Only what is not older.")
+@click.option("--limit", type=click.IntRange(min=1, max=100_000), default=100, show_default=True)
+@click.option("--prune-days", type=click.FloatRange(min=1), help="Show nothing; remove what is older.")
+@with_appcontext
+def audit(actor: str | None, action: str | None, hours: float | None, limit: int, prune_days: float | None) -> None:
+    """Show who did what that only operators may: time, who, from where, what, result, on what."""
+    log = _audit()
+    try:
+        if prune_days is not None:
+            count = log.prune(prune_days)
+            log.command("audit.prune", f"{count} rows older than {prune_days:g} days")
+            click.echo(f"{count} rows are removed.")
+            return
+        events = log.newest(actor=actor, action=action, hours=hours, limit=limit)
+    except DBAPIError as error:
+        raise click.ClickException(_NO_TABLES) from error
+    for event in events:
+        when = datetime.fromtimestamp(event.at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        who, where = event.actor or "-", event.address or "-"
+        click.echo(f"{when}  {who:12}  {where:15}  {event.action:16}  {event.result:20}  {event.target}")
 
 
 @database.command("upgrade")
@@ -71,6 +128,16 @@ def upgrade_database() -> None:
 def _keys() -> Keys:
     known: Keys = current_app.extensions["keys"]
     return known
+
+
+def _audit() -> Audit:
+    log: Audit = current_app.extensions["audit"]
+    return log
+
+
+def _id_of(text: str) -> str:
+    """The id of a key; the whole key is what people have at hand."""
+    return text.removeprefix("gpi_")[:8]
 
 
 def _state(key: Key) -> str:

@@ -7,23 +7,28 @@ step can be repeated. Leading only saves work.
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from dotenv import find_dotenv, load_dotenv
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.blobs import Blobs
 from app.dispatch import DIRECT_LOST, Dispatch, open_dispatch
 from app.links import Down, Link, Mailbox, mailboxes
 from app.reroute import Reroute
+from app.retention import Retention
 from app.rows import JobRow
 from app.settings import Settings
 from app.tables import open_database
-from tasks import routing
-from tasks.job import MAX_ATTEMPTS, JobError, JobState
+from tasks import memory, routing
+from tasks.job import LIVE, MAX_ATTEMPTS, JobError, JobState
 from tasks.ledger import Queued
+from tasks.settings import SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -77,19 +82,25 @@ class Reconciler:
                 rows = self._rows.get_all(job_ids)
                 open_ids = [job_id for job_id in job_ids if job_id not in rows or not rows[job_id].ended]
                 records = mailbox.ledger.look_all(open_ids)
+            strays: set[str] = set()
             for job_id, record in records.items():
                 known = rows.get(job_id) or self._dispatch.adopt(job_id, record)
                 if known is None:
+                    if record.state in LIVE:
+                        # Of a row that is gone, as after an older backup was restored: nobody waits for it.
+                        strays.add(job_id)
                     continue
-                row = self._dispatch.fold(known, record)
+                row = self._dispatch.fold(known, record, mailbox)
                 rows[job_id] = row
                 if record.state == "queued" and not row.ended and record.attempt == row.attempt:
                     given_back = row.status is JobState.RUNNING and self._rows.given_back(row)
                     if not given_back:
                         self._rows.send_again(job_id)
             with mailbox.breaker:
-                ended = [job_id for job_id in job_ids if job_id not in rows or rows[job_id].ended]
-                mailbox.ledger.forget(ended)
+                for job_id in strays:
+                    mailbox.ledger.cancel(job_id)
+                ended = {job_id for job_id in job_ids if job_id not in rows or rows[job_id].ended}
+                mailbox.ledger.forget(ended - strays)
                 mailbox.ledger.settle(mark)
             if len(job_ids) < BATCH:
                 return
@@ -113,23 +124,26 @@ class Reconciler:
                 with mailbox.breaker:
                     mailbox.ledger.forget([job_id])
             elif row is not None and not row.ended and held and record is not None and record.attempt == row.attempt:
-                self._lose(row, worker_id)
+                row = self._lose(row, worker_id)
             with mailbox.breaker:
                 mailbox.ledger.bury(worker_id, job_id)
+                if held and (row is None or row.ended):
+                    # Nobody would hand in an outcome with which it goes.
+                    mailbox.ledger.forget([job_id])
 
     def refill(self, mailbox: Mailbox, regions: Iterable[str]) -> None:
         """After a store came back empty: everything that it held is due again."""
         with mailbox.breaker:
             epoch = mailbox.ledger.epoch()
         for region in regions:
-            rows = self._rows.of_other_epochs(region, epoch, BATCH)
-            for row in rows:
-                if row.status is JobState.RUNNING:
-                    # Whoever runs it may not know yet; the new attempt fences it.
-                    self._rows.next_attempt(row.id, attempt=row.attempt, lost=False)
-                else:
-                    self._rows.send_again(row.id)
-            if rows:
+            # All of them: a job that runs in the rows' eyes would else be ended for the time that has passed.
+            while rows := self._rows.of_other_epochs(region, epoch, BATCH):
+                for row in rows:
+                    if row.status is JobState.RUNNING:
+                        # Whoever runs it may not know yet; the new attempt fences it.
+                        self._rows.next_attempt(row.id, attempt=row.attempt, lost=False)
+                    else:
+                        self._rows.send_again(row.id)
                 logger.warning("the store of %s is in a new life; %d jobs are sent again", region, len(rows))
 
     def expire(self) -> None:
@@ -160,9 +174,9 @@ class Reconciler:
                     down.add(row.region)
             # Marked here and not by the batching thread, or the same rows would be due again at once.
             self._dispatch.flush()
-            held = [row.id for row in rows if row.region in down]
-            if held:
-                self._rows.postpone(held, POSTPONE_S)
+            if any(row.region in down for row in rows):
+                # All of them at once: thousands may be held, and to look at each would hold up the other regions.
+                self._rows.postpone(down, POSTPONE_S)
             if len(rows) < BATCH:
                 return
 
@@ -201,29 +215,71 @@ class Reconciler:
             held = link.broker.publisher.depths([*names, *pinned.values()])
         return {name: queues[name].depth - held[name] - held[pinned[name]] for name in names}
 
-    def _lose(self, row: JobRow, worker_id: str) -> None:
+    def _lose(self, row: JobRow, worker_id: str) -> JobRow:
+        """The row as it is then."""
         if row.losses + 1 >= MAX_ATTEMPTS:
             message = f"It was tried {MAX_ATTEMPTS} times, and each time its worker was lost."
-            self._dispatch.end(row, JobState.FAILED, JobError("worker_lost", message))
-        elif self._rows.next_attempt(row.id, attempt=row.attempt):
+            return self._dispatch.end(row, JobState.FAILED, JobError("worker_lost", message))
+        changed = self._rows.next_attempt(row.id, attempt=row.attempt)
+        if changed is not None:
             logger.warning("worker %s is lost; job %s goes into attempt %d", worker_id, row.id, row.attempt + 1)
+        return changed or row
 
 
-def run(dispatch: Dispatch, stopped: threading.Event, *, holder: str | None = None) -> None:
+class Copies:
+    """Finds out that the database is an older copy of the one that led before: a restored backup, or a late replica.
+
+    Each store remembers until when the database said that control leads. A database that says less does not know of
+    everything that the store has seen. The store then begins another life, as if it had come back empty: every job
+    that the copy takes for live is sent again.
+    """
+
+    def __init__(self, dispatch: Dispatch, led_until: float | None) -> None:
+        """led_until: what the database said before this process led, in unix seconds."""
+        self._links = dispatch.links
+        self._rows = dispatch.rows
+        self._led_until = led_until
+        self._compared: set[int] = set()
+
+    def look(self, led_until: float) -> None:
+        """Compare with the stores that were not compared yet, and let all remember; led_until: as it is now."""
+        for mailbox in mailboxes(self._links):
+            with suppress(Down), mailbox.breaker:
+                if id(mailbox) not in self._compared and mailbox.ledger.renew_epoch(self._led_until):
+                    logger.warning("the database is an older copy: what it takes for live is sent again")
+                    # At once: for the time that has passed since, they would be ended as having run for too long.
+                    self._rows.run_again(name for name, link in self._links.items() if link.mailbox is mailbox)
+                self._compared.add(id(mailbox))
+                mailbox.ledger.led(led_until)
+
+
+def run(
+    dispatch: Dispatch, stopped: threading.Event, *, holder: str | None = None, retention: Retention | None = None
+) -> None:
     """Reconcile while we lead, until stopped is set. A database that is away is waited for."""
     me = holder or uuid.uuid4().hex
+    leads = threading.Event()
+    if retention is not None:
+        # A thread of its own: a blob store that is slow to delete holds up no job.
+        threading.Thread(target=retention.run, args=(leads, stopped), name="retention", daemon=True).start()
     reconciler = Reconciler(dispatch)
+    copies = Copies(dispatch, None)
     leading = False
     lead_until = 0.0
     while not stopped.wait(TICK_S):
         try:
             if time.monotonic() > lead_until - LEAD_S / 2:
+                before = dispatch.rows.led_until()
                 led, leading = leading, dispatch.rows.lead(me, LEAD_S)
                 lead_until = time.monotonic() + LEAD_S
+                (leads.set if leading else leads.clear)()
                 if leading and not led:
                     logger.info("control %s leads", me[:8])
                     # What it knew is of the time when it led before.
                     reconciler = Reconciler(dispatch)
+                    copies = Copies(dispatch, before)
+                if leading:
+                    copies.look(dispatch.rows.led_until() or 0.0)
             if leading:
                 reconciler.tick()
         except SQLAlchemyError as error:
@@ -240,7 +296,11 @@ def main() -> None:
     """Entry of `python -m app.control`; ends on SIGINT and SIGTERM."""
     load_dotenv(find_dotenv(usecwd=True))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    settings = Settings.from_environ(os.environ)
+    try:
+        settings = Settings.from_environ(os.environ)
+        memory.check(settings.regions.values())
+    except SettingsError as error:
+        sys.exit(f"control does not start: {error}")
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
@@ -248,7 +308,14 @@ def main() -> None:
         open_database(settings.database_url), settings.regions, settings.default_region, settings.blobs_url
     )
     logger.info("control is up")
-    run(dispatch, stopped)
+    retention = Retention(
+        dispatch.rows,
+        dispatch.links,
+        Blobs(settings.blobs_url),
+        result_hours=settings.result_retention_hours,
+        row_days=settings.row_retention_days,
+    )
+    run(dispatch, stopped, retention=retention)
     dispatch.close()
 
 

@@ -191,14 +191,17 @@ def _let_in(link: Link, offer: Offer, job_type: JobType, home: str, stated: str 
     with link.mailbox.breaker:
         secret = link.mailbox.ledger.direct_secret()
     now = int(time.time())
+    dispatch: Dispatch = current_app.extensions["dispatch"]
+    job_id = str(uuid.uuid4())
     token = Token(
-        job_id=str(uuid.uuid4()),
+        job_id=job_id,
         worker_id=offer.card.worker_id,
         owner=caller().owner,
         type=job_type,
         address=stated or _client_address(offer.card.direct_url or ""),
         issued_at=now,
         expires_at=now + settings.direct_token_s,
+        ticket=dispatch.tickets.sign(job_id, 1, link.region.name),
     )
     return Nearest(offer.card, home, round(offer.score, 4), token.sign(secret), token.expires_at)
 

@@ -17,9 +17,11 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from app import waiting
+from app.backlog import MAX_UNSENT, Backlog
 from app.blobs import Blobs
-from app.links import Down, Link, open_links
+from app.links import Down, Link, Mailbox, open_links
 from app.rows import IdempotencyConflict, JobRow, Rows, fingerprint_of
+from app.tickets import Tickets
 from app.waiting import Place, Statistics
 from engines import catalogue
 from engines.catalogue import JobType, UnknownModel
@@ -49,6 +51,8 @@ DIRECT_LOST = JobError("worker_lost", "Its client brought it to a worker, and th
 #: Sent jobs are marked in their rows this often, many in one write.
 MARK_EVERY_S = 0.05
 _POLL_S = 0.5
+#: When to ask again while a region is away and no more jobs are held for it.
+BACKLOG_RETRY_S = 5
 
 
 class Unavailable(Exception):
@@ -105,8 +109,19 @@ class Forecast:
 class Dispatch:
     """Takes jobs in and tells what became of them. Threads may share it."""
 
-    def __init__(self, rows: Rows, links: Mapping[str, Link], default_region: str, blobs: Blobs) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        links: Mapping[str, Link],
+        default_region: str,
+        blobs: Blobs,
+        tickets: Tickets,
+        max_unsent: int = MAX_UNSENT,
+    ) -> None:
+        """max_unsent: how many jobs are held for a region that takes none."""
         self.rows = rows
+        self.tickets = tickets
+        self._backlog = Backlog(rows, max_unsent)
         self._blobs = blobs
         self.links = links
         self._regions = {name: link.region for name, link in links.items()}
@@ -119,17 +134,23 @@ class Dispatch:
         """Accept a job: once this returns, it is kept, whatever breaks.
 
         must_send: raise Unavailable, and leave nothing behind, if its region does not take it at once.
-        Raises IdempotencyConflict.
+        Raises Unavailable too if enough jobs are held for that region already. Raises IdempotencyConflict.
         """
         region = self.decide(request).region
+        if not must_send and (why := self.links[region].away()) and not self._backlog.admit(region):
+            if idempotency_key and (earlier := self.rows.earlier(owner, idempotency_key, _fingerprint(request))):
+                return Submitted(earlier, replayed=True)
+            what = f"{why} {self._backlog.most} jobs wait for it already, which is as many as are held (MAX_UNSENT)."
+            raise Unavailable("too_many_unsent", f"{what} Nothing was submitted.", BACKLOG_RETRY_S)
         text = json.dumps(request.params, separators=(",", ":"))
+        job_id = str(uuid.uuid4())
         try:
-            params = self._blobs.keep(text)
+            params = self._blobs.keep(text, job_id)
         except OSError as error:
             logger.error("the blob store does not take a job's params: %s", error)
             raise Unavailable("blobs_unavailable", "The store for large inputs does not answer.") from error
         try:
-            row, new = self._insert(owner, request, region, params, idempotency_key, told_at_once=not must_send)
+            row, new = self._insert(job_id, owner, request, region, params, idempotency_key, told_at_once=not must_send)
         except Exception:
             self._blobs.drop(params)
             raise
@@ -147,10 +168,18 @@ class Dispatch:
         return Submitted(row, replayed=False, standing=standing)
 
     def _insert(
-        self, owner: str, request: Request, region: str, params: str, idempotency_key: str | None, *, told_at_once: bool
+        self,
+        job_id: str,
+        owner: str,
+        request: Request,
+        region: str,
+        params: str,
+        idempotency_key: str | None,
+        *,
+        told_at_once: bool,
     ) -> tuple[JobRow, bool]:
         return self.rows.insert(
-            str(uuid.uuid4()),
+            job_id,
             owner=owner,
             type=request.type,
             model=request.model,
@@ -181,6 +210,8 @@ class Dispatch:
             return None
         except OSError as error:
             raise Down(f"The store for large inputs does not answer: {type(error).__name__}.") from error
+        ticket = self.tickets.sign(row.id, row.attempt, row.region)
+        link.check_room(len(params))
         with link.mailbox.breaker:
             entered = link.mailbox.ledger.put(
                 job,
@@ -190,13 +221,31 @@ class Dispatch:
                 params=params,
                 timeout_s=row.timeout_seconds,
                 beside=link.beside(row.type, row.model),
+                ticket=ticket,
             )
         if entered.state == "queued":
             queue_name = routing.queue_name(row.region, row.type, row.model, pinned=not row.allow_cross_region)
             with link.broker.breaker:
                 link.broker.publisher.publish(job, queue=queue_name, priority=row.priority)
+        else:
+            self._meet(row, link)
         self._marks.add(row, entered.epoch)
         return entered.standing
+
+    def _meet(self, row: JobRow, link: Link) -> None:
+        """Bring a row and a record together of which the record is ahead. Raises Down.
+
+        A row that is merely older than what has become of it since is left alone. One that an older backup of the
+        database brought back has to go past what the store remembers, or it would wait for ever.
+        """
+        with link.mailbox.breaker:
+            record = link.mailbox.ledger.look(row.id)
+        if record is None or record.outcome is not None:
+            self.fold(row, record, link.mailbox)
+        elif record.state == "cancelled":
+            self.rows.cancel(row.id)
+        elif record.state == "ended" or record.attempt > row.attempt:
+            self.rows.next_attempt(row.id, attempt=row.attempt, lost=False, to=record.attempt + 1)
 
     def look(self, job_id: str, owner: str | None = None) -> JobRow | None:
         """The job with all that the ledger knows of it; None if there is none, or it is another owner's."""
@@ -217,19 +266,26 @@ class Dispatch:
         """The row of a job that its client brought to the worker; None for a record of which nothing is known."""
         if record.direct is None:
             return None
+        if not self.tickets.good(record.direct.ticket, job_id, 1, record.direct.region):
+            logger.error("job %s: somebody made up a direct job in a store; it is ignored", job_id)
+            return None
         row = self.rows.adopt(job_id, record.direct, worker_id=record.worker_id, started_at=record.started_at)
         return row or self.rows.get(job_id)
 
-    def fold(self, row: JobRow, record: Record | None) -> JobRow:
+    def fold(self, row: JobRow, record: Record | None, mailbox: Mailbox | None = None) -> JobRow:
         """Copy what the ledger's record says into the row; the row as it is then, whoever wrote it.
 
-        The record may be of a region that the job has left: an outcome counts all the same, and nothing else does.
+        mailbox: where the record was found; by default that of the row's region. It may be of a region that the job has
+        left: an outcome counts all the same, and nothing else does. One without a good ticket is refused.
         """
         if record is None or row.ended:
             return row
         changed: JobRow | None = None
-        if record.outcome is not None:
-            return self._end_with(row, record.outcome, record.started_at)
+        if (outcome := record.outcome) is not None:
+            known = outcome.job_id == row.id
+            if not known or not self.tickets.good(outcome.ticket, row.id, outcome.attempt, outcome.region):
+                return self._refuse(row, record, mailbox)
+            return self._end_with(row, outcome, record.started_at)
         if record.attempt != row.attempt:
             return row
         if record.state == "running" and (row.status is JobState.QUEUED or row.worker_id != record.worker_id):
@@ -244,6 +300,29 @@ class Dispatch:
         else:
             return row
         return changed or self.rows.get(row.id) or row
+
+    def _refuse(self, row: JobRow, record: Record, mailbox: Mailbox | None) -> JobRow:
+        """Drop an outcome that no worker of ours wrote; the job goes on, by its next attempt if its record is lost."""
+        link = self.links.get(row.region)
+        at_home = link is not None and mailbox in (None, link.mailbox)
+        found_in = mailbox or (link.mailbox if link else None)
+        if found_in is None:
+            return row
+        # What it says of itself is not repeated: somebody made it up.
+        logger.error(
+            "ALARM: job %s has a forged outcome in the %s, or one of a worker older than this API; it is ignored",
+            *(row.id, found_in.breaker.name),
+        )
+        queue = routing.queue_name(row.region, row.type, row.model)
+        try:
+            with found_in.breaker:
+                gone = found_in.ledger.refuse(row.id, record.said, queue=queue, worker_id=row.worker_id)
+        except Down as down:
+            logger.warning("job %s: its forged outcome stays for now: %s", row.id, down)
+            return row
+        if not gone or not at_home:
+            return row
+        return self.rows.next_attempt(row.id, attempt=row.attempt, lost=False) or self.rows.get(row.id) or row
 
     def _end_with(self, row: JobRow, outcome: Envelope, started_at: float | None) -> JobRow:
         kept = self._keep(outcome)
@@ -281,10 +360,17 @@ class Dispatch:
         return row
 
     def result(self, row: JobRow) -> dict[str, Any] | None:
-        """What a completed job gave. Raises Unavailable where it lies in a store that does not answer."""
+        """What a completed job gave; None once it is pruned.
+
+        Raises Unavailable where it lies in a store that does not answer.
+        """
         try:
             return None if row.result is None else json.loads(self._blobs.read(row.result))
         except OSError as error:
+            now = self.rows.get(row.id)
+            if isinstance(error, FileNotFoundError) and (now is None or now.pruned_at is not None):
+                # Retention was faster than this request.
+                return None
             logger.error("job %s: its result cannot be read: %s", row.id, error)
             raise Unavailable("blobs_unavailable", "The store for large results does not answer.") from error
 
@@ -440,7 +526,7 @@ class Dispatch:
             return None
         text = json.dumps(outcome.result, separators=(",", ":"))
         try:
-            return self._blobs.keep(text)
+            return self._blobs.keep(text, outcome.job_id)
         except OSError as error:
             # Rather a large row than an outcome that is lost.
             logger.error("job %s: its result stays in its row; the blob store: %s", outcome.job_id, error)
@@ -515,12 +601,20 @@ class SentMarks:
                 logger.warning("some sent jobs stay due and will be sent twice: %s", error)
 
 
-def open_dispatch(engine: Engine, regions: Mapping[str, Region], default_region: str, blobs_url: str) -> Dispatch:
+def open_dispatch(
+    engine: Engine,
+    regions: Mapping[str, Region],
+    default_region: str,
+    blobs_url: str,
+    *,
+    max_unsent: int = MAX_UNSENT,
+) -> Dispatch:
     """A Dispatch on this database, these regions and this store of large texts.
 
-    Nothing is connected before it is needed.
+    max_unsent: how many jobs are held for a region that takes none. Nothing is connected before it is needed.
     """
-    return Dispatch(Rows(engine), open_links(regions), default_region, Blobs(blobs_url))
+    tickets = Tickets(engine)
+    return Dispatch(Rows(engine), open_links(regions), default_region, Blobs(blobs_url), tickets, max_unsent)
 
 
 def _fingerprint(request: Request) -> str:

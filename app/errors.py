@@ -11,6 +11,7 @@
     ├── NotJson                 415 not_json
     ├── Invalid                 422 validation_failed
     ├── KeyReused               422 idempotency_key_reused
+    ├── TooMany                 429 rate_limited, too_many_queued, with Retry-After (app/limits.py)
     └── Busy                    503, with Retry-After
 
 Errors of the rooms below are translated here and nowhere else. The one broad handler logs the traceback.
@@ -146,6 +147,16 @@ class KeyReused(Problem):
 
     status = HTTPStatus.UNPROCESSABLE_ENTITY
     code = "idempotency_key_reused"
+
+
+class TooMany(Problem):
+    """The caller asks more than one may; the same request works later."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+
+    def __init__(self, code: str, detail: str, *, retry_after_s: int, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(detail, headers={"Retry-After": str(retry_after_s), **(headers or {})})
+        self.code = code
 
 
 class Busy(Problem):

@@ -39,7 +39,7 @@ def mount(app: Flask, api: Api) -> None:
 
 def _caller() -> Caller:
     known = g.get("caller")
-    return Caller(known.owner if known else NOBODY, request.remote_addr or "")
+    return Caller(known.key if known else NOBODY, request.remote_addr or "")
 
 
 def _answer(error: HostError) -> Response:

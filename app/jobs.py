@@ -8,10 +8,12 @@ from typing import Any, assert_never
 from flask import current_app, jsonify, url_for
 
 from app import examples
+from app.audit import note_foreign
 from app.auth import caller, requires
 from app.dispatch import Dispatch, Place, Request, Statistics
 from app.errors import Busy, Invalid, JobEnded, JobNotFound
 from app.keys import Scope
+from app.limits import QueueCap
 from app.origin import HEADER, Origin, UnknownRegion, find_here
 from app.parsing import Blueprint
 from app.rows import JobRow
@@ -65,6 +67,7 @@ def create(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> A
     wanted, origin = _located(wanted)
     if query["dry_run"]:
         return jsonify(_DRY_RUN.dump(DryRun(origin, dispatch.forecast(wanted))))
+    _queue_cap().admit(caller())
     submitted = dispatch.submit(caller().owner, wanted, idempotency_key=headers["idempotency_key"])
     row = submitted.row
     extra = {"Location": url_for("jobs.show", job_id=row.id), "X-Job-Id": row.id}
@@ -90,6 +93,7 @@ def run(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> Any:
     if not query["wait_for_worker"] and not dispatch.has_worker(wanted):
         detail = f"No live worker serves {wanted.type} where this job may run; nothing was submitted."
         raise Busy("no_worker", detail, retry_after_s=NO_WORKER_RETRY_S)
+    _queue_cap().admit(caller())
     # What nobody waits for any more is not begun.
     wanted = replace(wanted, queue_timeout_seconds=min(wanted.queue_timeout_seconds or timeout_s, timeout_s))
     turns: threading.Semaphore = current_app.extensions["sync_turns"]
@@ -148,6 +152,8 @@ def index(query: dict[str, Any]) -> dict[str, Any]:
     limit = query.pop("limit")
     rows = _dispatch().rows.page(caller().sees, **query, limit=limit + 1, before=before)
     page = rows[:limit]
+    if foreign := next((row.owner for row in page if row.owner != caller().owner), None):
+        note_foreign(f"{foreign} and others")
     return {
         "items": [Shown(row, Place()) for row in page],
         "next_cursor": Cursor.after(page[-1]) if len(rows) > limit else None,
@@ -168,6 +174,11 @@ def _dispatch() -> Dispatch:
     return dispatch
 
 
+def _queue_cap() -> QueueCap:
+    cap: QueueCap = current_app.extensions["queue_cap"]
+    return cap
+
+
 def _located(wanted: Request) -> tuple[Request, Origin]:
     """The request with the region of its client, and how that was found."""
     try:
@@ -181,6 +192,8 @@ def _find(job_id: str) -> JobRow:
     row = _dispatch().look(job_id.lower(), caller().sees) if _UUID.fullmatch(job_id) else None
     if row is None:
         raise JobNotFound(job_id)
+    if row.owner != caller().owner:
+        note_foreign(row.owner)
     return row
 
 

@@ -47,10 +47,21 @@ class Key:
     created_at: float
     expires_at: float | None
     revoked_at: float | None
+    #: Whom the jobs belong to that it makes: the id of the first key that it replaces, or its own.
+    owner: str
 
 
 class RefusedKey(Exception):
     """The presented key opens nothing; the message says why."""
+
+    def __init__(self, message: str, key_id: str | None = None) -> None:
+        """key_id: of a key that was right once."""
+        super().__init__(message)
+        self.key_id = key_id
+
+
+class NotRotated(Exception):
+    """The key cannot be replaced now; the message says why, and what to do."""
 
 
 class Keys:
@@ -79,13 +90,43 @@ class Keys:
         if not hmac.compare_digest(_digest(presented), found.digest if found else _NO_DIGEST) or found is None:
             raise RefusedKey("This key is not known.")
         if found.revoked_at is not None:
-            raise RefusedKey("This key was revoked.")
+            raise RefusedKey("This key was revoked.", found.id)
         if found.expires_at is not None and found.expires_at <= found.now:
-            raise RefusedKey("This key has expired.")
+            raise RefusedKey("This key has expired.", found.id)
         return _key(found)
 
     def create(self, name: str, scopes: Iterable[Scope], *, expires_days: float | None = None) -> str:
         """A new key's text, which nothing can show again."""
+        return self._insert(name, scopes, None if expires_days is None else expires_days * 86_400)
+
+    def rotate(self, key_id: str, *, overlap_s: float, expires_days: float | None = None) -> str:
+        """The text of a second key with the same name, scopes and owner; the first one expires after overlap_s.
+
+        Without expires_days the new key lives for as long as the old one was meant to. Raises NotRotated.
+        """
+        open_ = api_keys.c.revoked_at.is_(None) & (api_keys.c.expires_at.is_(None) | (api_keys.c.expires_at > now()))
+        owner = select(api_keys.c.owner).where(api_keys.c.id == key_id).scalar_subquery()
+        with self._engine.connect() as connection:
+            found = connection.execute(select(*api_keys.c).where(api_keys.c.owner == owner, open_)).all()
+        known = {row.id: _key(row) for row in found}
+        old = known.pop(key_id, None)
+        if old is None:
+            raise NotRotated(f"There is no open key {key_id}.")
+        if known:
+            raise NotRotated(f"Key {next(iter(known))} of the same owner is open too; revoke it first.")
+        lifetime_s = None if old.expires_at is None else old.expires_at - old.created_at
+        if expires_days is not None:
+            lifetime_s = expires_days * 86_400
+        # First: if the second step fails, both are open, and nobody is locked out.
+        text = self._insert(old.name, old.scopes, lifetime_s, owner=old.owner)
+        end = now() + overlap_s
+        sooner = api_keys.c.expires_at.is_(None) | (api_keys.c.expires_at > end)
+        with self._engine.connect() as connection:
+            connection.execute(update(api_keys).where(api_keys.c.id == key_id, sooner).values(expires_at=end))
+        return text
+
+    def _insert(self, name: str, scopes: Iterable[Scope], lifetime_s: float | None, *, owner: str | None = None) -> str:
+        """A new row, and the text of its key."""
         key_id = secrets.token_hex(4)
         text = f"gpi_{key_id}_{secrets.token_urlsafe(32)}"
         statement = insert(api_keys).values(
@@ -94,7 +135,8 @@ class Keys:
             digest=_digest(text),
             scopes=",".join(sorted(set(scopes))),
             created_at=now(),
-            expires_at=None if expires_days is None else now() + expires_days * 86_400,
+            expires_at=None if lifetime_s is None else now() + lifetime_s,
+            owner=owner or key_id,
         )
         with self._engine.connect() as connection:
             connection.execute(statement)

@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from types import TracebackType
 from typing import Generic, TypeVar
+from urllib.parse import urlsplit
 
 from engines.catalogue import JobType
-from tasks import routing
+from tasks import memory, routing
 from tasks.fleet import Card, Roster
 from tasks.ledger import WAIT_SLICE_S, Ledger, Queued, StoreError, Traffic, open_store
+from tasks.memory import Memory, OutOfMemory
 from tasks.publisher import BrokerError, Publisher
 from tasks.routing import Load, Offer, Region
 
@@ -71,7 +73,8 @@ class Breaker:
             self._until = time.monotonic() + REST_S
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if kind is not None and issubclass(kind, self._errors):
+        full = kind is not None and issubclass(kind, OutOfMemory)
+        if kind is not None and issubclass(kind, self._errors) and not full:
             with self._lock:
                 if self._until == 0.0:
                     logger.warning("the %s does not answer: %s", self.name, error)
@@ -79,11 +82,14 @@ class Breaker:
                 self._until = time.monotonic() + REST_S
             # The error itself names hosts and ports, which are not for clients.
             raise Down(f"The {self.name} does not answer.") from error
-        if kind is None and self._until:
+        if (kind is None or full) and self._until:
             with self._lock:
                 self._until = 0.0
                 self._failing_since = None
             logger.info("the %s answers again", self.name)
+        if full:
+            # It answers, and what needs no memory goes on.
+            raise Down(f"The {self.name} has no memory left.") from error
 
 
 class Recent(Generic[T]):
@@ -133,6 +139,7 @@ class Mailbox:
     traffic: Recent[dict[str, Traffic]]
     #: By priority: how many jobs wait that would run before a new one of it, by queue.
     ahead: Sequence[Recent[dict[str, int]]]
+    memory: Recent[Memory]
     #: What was made of workers and traffic, by region, type and model, and what it was made of.
     loads: dict[tuple[str, JobType, str | None], tuple[Roster, Mapping[str, Traffic], Load]] = field(
         default_factory=dict
@@ -145,6 +152,8 @@ class Broker:
 
     publisher: Publisher
     breaker: Breaker
+    #: None where that is not known, as of RabbitMQ, which holds up its publishers itself.
+    memory: Recent[Memory] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,16 +186,39 @@ class Link:
         return self.mailbox.workers.get().beside(self.region.name, job_type, model)
 
     def offer(self, job_type: JobType, model: str | None, priority: int) -> Offer:
-        """What the region can do now for a new job. Raises Down if its store or its broker does not answer."""
+        """What the region can do now for a new job. Raises Down if its store or its broker takes none."""
         broker = self.broker
         if broker.breaker.tripped:
             # A job that may go elsewhere need not wait for this broker; one caller a second tries whether it is back.
             with broker.breaker:
                 broker.publisher.depths([routing.queue_name(self.region.name, job_type)])
+        self.check_room()
         ahead = self.mailbox.ahead[priority].get()
         own = ahead.get(routing.queue_name(self.region.name, job_type, model), 0)
         beside = sum(ahead.get(name, 0) for name in self.beside(job_type, model))
         return Offer(self.load(job_type, model), own, beside)
+
+    def check_room(self, size: int = 0) -> None:
+        """Count so many bytes that are about to be entered. Raises Down if there is no room for new jobs."""
+        for gauge, name in (
+            (self.mailbox.memory, self.mailbox.breaker.name),
+            (self.broker.memory, self.broker.breaker.name),
+        ):
+            if gauge is not None and (known := gauge.get()).most:
+                if known.full:
+                    raise Down(f"The memory of the {name} is full.")
+                gauge.amend(lambda known: known.grow(size))
+
+    def away(self) -> str | None:
+        """Why the region takes no jobs now, in a sentence; None if it does, as far as is known."""
+        for breaker in (self.mailbox.breaker, self.broker.breaker):
+            if breaker.tripped:
+                return f"The {breaker.name} does not answer."
+        try:
+            self.check_room()
+        except Down as down:
+            return str(down)
+        return None
 
     def expect(self, job_type: JobType, model: str | None, priority: int) -> None:
         """Count a job that is about to be sent, so that many at once do not all take the same free slot."""
@@ -234,7 +266,7 @@ def open_links(regions: Mapping[str, Region]) -> dict[str, Link]:
             )
             mailboxes[region.store] = _mailbox(ledger, Breaker(f"store of {region.name}", StoreError), list(regions))
         if region.broker not in brokers:
-            brokers[region.broker] = Broker(Publisher(region.broker), Breaker(f"broker of {region.name}", BrokerError))
+            brokers[region.broker] = _broker(region)
     return {name: Link(region, mailboxes[region.store], brokers[region.broker]) for name, region in regions.items()}
 
 
@@ -242,7 +274,23 @@ def _mailbox(ledger: Ledger, breaker: Breaker, regions: list[str]) -> Mailbox:
     queues = [routing.queue_name(region, job_type) for region in regions for job_type in JobType]
     workers = Recent(lambda: Roster(map(_card, ledger.cards())), breaker)
     ahead = [Recent(partial(ledger.ahead, priority), breaker) for priority in routing.PRIORITIES]
-    return Mailbox(ledger, breaker, workers, Recent(lambda: ledger.traffic(queues), breaker), ahead)
+    traffic = Recent(lambda: ledger.traffic(queues), breaker)
+    return Mailbox(ledger, breaker, workers, traffic, ahead, Recent(lambda: memory.read(ledger.store), breaker))
+
+
+def _broker(region: Region) -> Broker:
+    breaker = Breaker(f"broker of {region.name}", BrokerError)
+    gauge = None
+    # Databases of one server share its memory.
+    if memory.is_server(region.broker) and _server(region.broker) != _server(region.store):
+        server = open_store(region.broker, timeout_s=STORE_TIMEOUT_S)
+        gauge = Recent(lambda: memory.read(server), breaker)
+    return Broker(Publisher(region.broker), breaker, gauge)
+
+
+def _server(url: str) -> str:
+    parts = urlsplit(url)
+    return parts.netloc or parts.path
 
 
 _NO_TRAFFIC = Traffic(0, (), None)

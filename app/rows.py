@@ -18,6 +18,7 @@ from sqlalchemy import insert as sql_insert
 from sqlalchemy import update as sql_update
 from sqlalchemy.exc import IntegrityError
 
+from app.blobs import MARK
 from app.tables import jobs, leadership, now, open_database
 from engines.catalogue import JobType
 from tasks.job import LIVE, DirectJob, Envelope, JobError, JobState
@@ -53,6 +54,8 @@ class JobRow:
     created_at: float
     started_at: float | None
     completed_at: float | None
+    #: When params and result were deleted.
+    pruned_at: float | None
     worker_id: str | None
     result: str | None
     error_code: str | None
@@ -65,6 +68,16 @@ class JobRow:
     def ended(self) -> bool:
         """Whether it has its outcome."""
         return self.status not in LIVE
+
+
+@dataclass(frozen=True, slots=True)
+class Traces:
+    """What a job has elsewhere than in its row."""
+
+    job_id: str
+    live: bool
+    #: What its row holds in place of texts that lie in the blob store.
+    blobs: Sequence[str]
 
 
 class IdempotencyConflict(Exception):
@@ -84,6 +97,14 @@ _QUEUED = jobs.c.status == str(JobState.QUEUED)
 _INDEXED_QUEUED = jobs.c.status == bindparam("queued", str(JobState.QUEUED), literal_execute=True)
 # Whatever its public state: no worker has begun its present attempt.
 _WAITS = jobs.c.run_deadline.is_(None)
+# Texts that lie elsewhere, without reading those that do not.
+_TRACES = [
+    jobs.c.id,
+    jobs.c.status,
+    *(case((column.startswith(MARK), column)) for column in (jobs.c.params, jobs.c.result)),
+]
+# Or to be sent: nobody but its worker has the params of a job that its client brought there.
+_SENT = or_(jobs.c.sends > 0, jobs.c.due_at.is_not(None))
 _started = bindparam("started", type_=Double)
 # The store's clock may be behind the database's; nobody shall see a job start before it was made.
 _STARTED_AT = case((jobs.c.created_at > _started, jobs.c.created_at), else_=func.coalesce(_started, now()))
@@ -117,10 +138,12 @@ _INSERT = (
     )
     .returning(*_COLUMNS)
 )
+# The ticket is not kept: it can be signed again.
+_DIRECT = [field.name for field in fields(DirectJob) if field.name != "ticket"]
 _ADOPT = (
     sql_insert(jobs)
     .values(
-        **{name: bindparam(name) for name in ("id", "params", *(field.name for field in fields(DirectJob)))},
+        **{name: bindparam(name) for name in ("id", "params", *_DIRECT)},
         status=str(JobState.RUNNING),
         worker_id=bindparam("worker"),
         attempt=1,
@@ -266,7 +289,6 @@ class Rows:
             "idempotency_key": idempotency_key,
             "fingerprint": fingerprint,
         }
-        query = select(*_COLUMNS).where(jobs.c.owner == owner, jobs.c.idempotency_key == idempotency_key)
         found = None
         while found is None:
             try:
@@ -276,12 +298,18 @@ class Rows:
                 if idempotency_key is None:
                     raise
             # None if it was withdrawn in between, and its key with it.
-            with self._engine.connect() as connection:
-                found = connection.execute(query).first()
-        earlier = _row(found)
-        if earlier.fingerprint != fingerprint:
+            found = self.earlier(owner, idempotency_key, fingerprint)
+        return found, False
+
+    def earlier(self, owner: str, idempotency_key: str, fingerprint: str | None) -> JobRow | None:
+        """The job that the owner's idempotency key made. Raises IdempotencyConflict if it had another fingerprint."""
+        query = select(*_COLUMNS).where(jobs.c.owner == owner, jobs.c.idempotency_key == idempotency_key)
+        with self._engine.connect() as connection:
+            found = connection.execute(query).first()
+        row = None if found is None else _row(found)
+        if row is not None and row.fingerprint != fingerprint:
             raise IdempotencyConflict
-        return earlier, False
+        return row
 
     def adopt(
         self, job_id: str, direct: DirectJob, *, worker_id: str | None, started_at: float | None
@@ -291,8 +319,9 @@ class Rows:
         None if there is one already. It holds no params and is never sent to anybody; what became of the job is folded
         into it as into any other.
         """
+        stated = asdict(direct)
         values = {
-            **asdict(direct),
+            **{name: stated[name] for name in _DIRECT},
             "id": job_id,
             "type": str(direct.type),
             "params": "{}",
@@ -354,21 +383,29 @@ class Rows:
             jobs.c.id == job_id, _LIVE, status=str(JobState.CANCELLED), completed_at=now(), due_at=now()
         )
 
-    def next_attempt(self, job_id: str, *, attempt: int, lost: bool = True) -> JobRow | None:
+    def next_attempt(self, job_id: str, *, attempt: int, lost: bool = True, to: int | None = None) -> JobRow | None:
         """The attempt is over without an outcome: the next one is due at once. The public state stays what it is.
 
-        lost: its worker was lost, so it counts as a try.
+        lost: its worker was lost, so it counts as a try. to: the number of the next attempt, if not one more.
+        None too for a job that its client brought to the worker: it has none.
         """
         return self._change(
             jobs.c.id == job_id,
             _LIVE,
+            _SENT,
             jobs.c.attempt == attempt,
-            attempt=attempt + 1,
+            attempt=max(to or 0, attempt + 1),
             losses=jobs.c.losses + int(lost),
             worker_id=None,
             run_deadline=None,
             due_at=now(),
         )
+
+    def run_again(self, regions: Iterable[str]) -> int:
+        """The next attempt of every job that a worker has begun in these regions is due at once; how many those are."""
+        begun = (_LIVE, jobs.c.region.in_(list(regions)), ~_WAITS, or_(jobs.c.sends > 0, jobs.c.due_at.is_not(None)))
+        again = sql_update(jobs).where(*begun).values(version=jobs.c.version + 1, attempt=jobs.c.attempt + 1)
+        return self._write(again.values(worker_id=None, run_deadline=None, due_at=now()))
 
     def given_back(self, row: JobRow) -> JobRow | None:
         """The worker gave the attempt back: it waits again, and is due at once. None if the row has changed since."""
@@ -389,8 +426,7 @@ class Rows:
             jobs.c.region == region,
             jobs.c.allow_cross_region.is_(True),
             jobs.c.withdrawn.is_(False),
-            # Never sent and never to be: its client brought it to the worker.
-            or_(jobs.c.sends > 0, jobs.c.due_at.is_not(None)),
+            _SENT,
             ~_WAITS if running else _WAITS,
         )
         some = (
@@ -460,9 +496,16 @@ class Rows:
         query = select(*_COLUMNS).where(jobs.c.due_at <= now())
         return self._some(query.order_by(jobs.c.priority.desc(), jobs.c.created_at), limit)
 
-    def postpone(self, job_ids: Sequence[str], seconds: float) -> None:
-        """Try these again later: their region cannot be reached."""
-        self._write(sql_update(jobs).where(jobs.c.id.in_(job_ids)).values(due_at=now() + seconds))
+    def postpone(self, regions: Iterable[str], seconds: float) -> None:
+        """Try everything that is due in these regions again later: they cannot be reached."""
+        due = (jobs.c.region.in_(list(regions)), jobs.c.due_at <= now())
+        self._write(sql_update(jobs).where(*due).values(due_at=now() + seconds))
+
+    def unsent(self, region: str, most: int) -> int:
+        """How many live jobs of the region are not proven to be sent, counted up to `most`; reads as many rows."""
+        some = select(jobs.c.id).where(_LIVE, jobs.c.region == region, jobs.c.due_at.is_not(None)).limit(most)
+        with self._engine.connect() as connection:
+            return int(connection.execute(select(func.count()).select_from(some.subquery())).scalar_one())
 
     # What the reconciler looks for
 
@@ -530,6 +573,48 @@ class Rows:
         with self._engine.connect() as connection:
             found = connection.execute(query.group_by(jobs.c.type, jobs.c.status))
             return {(JobType(job_type), JobState(status)): count for job_type, status, count in found}
+
+    # Retention
+
+    def prunable(self, older_than_s: float, limit: int) -> list["Traces"]:
+        """Jobs that ended so long ago and still hold params or a result, oldest first."""
+        old = jobs.c.completed_at <= now() - older_than_s
+        return self._traces(
+            select(*_TRACES).where(jobs.c.pruned_at.is_(None), old).order_by(jobs.c.completed_at), limit
+        )
+
+    def prune(self, job_ids: Sequence[str]) -> None:
+        """Delete the params and results of jobs that have ended; the rest of the row stays."""
+        ended = (jobs.c.id.in_(job_ids), ~_LIVE, jobs.c.pruned_at.is_(None))
+        self._write(sql_update(jobs).where(*ended).values(params="{}", result=None, pruned_at=now()))
+
+    def outdated(self, older_than_s: float, limit: int) -> list["Traces"]:
+        """Jobs that ended so long ago, oldest first."""
+        # No job ends before it is made, so the index of the newest jobs finds them.
+        old = (jobs.c.created_at <= now() - older_than_s, jobs.c.completed_at <= now() - older_than_s)
+        return self._traces(select(*_TRACES).where(*old).order_by(jobs.c.created_at, jobs.c.id), limit)
+
+    def delete(self, job_ids: Sequence[str]) -> None:
+        """Delete jobs that have ended."""
+        self._write(sql_delete(jobs).where(jobs.c.id.in_(job_ids), ~_LIVE))
+
+    def traces(self, job_ids: Sequence[str]) -> dict[str, "Traces"]:
+        """What is left of these jobs elsewhere, by id; jobs that have no row are left out."""
+        found = self._traces(select(*_TRACES).where(jobs.c.id.in_(job_ids)), len(job_ids))
+        return {traces.job_id: traces for traces in found}
+
+    def _traces(self, query: Any, limit: int) -> list["Traces"]:
+        with self._engine.connect() as connection:
+            found = connection.execute(query.limit(limit))
+            return [
+                Traces(job_id, JobState(status) in LIVE, tuple(filter(None, kept))) for job_id, status, *kept in found
+            ]
+
+    def led_until(self) -> float | None:
+        """Until when whoever led last was to lead, in unix seconds; None if nobody ever did."""
+        with self._engine.connect() as connection:
+            until: float | None = connection.execute(select(leadership.c.until)).scalar()
+        return until
 
     def lead(self, holder: str, seconds: float) -> bool:
         """Whether `holder` leads for the next seconds: it did before, or nobody does."""

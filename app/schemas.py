@@ -28,6 +28,7 @@ from tasks.showing import rfc3339, warnings
 #: Longest time one sync request may wait.
 LONGEST_SYNC_S = 3600
 MOST_PER_PAGE = 200
+PRUNED = "It completed, and its result is no longer kept. Send the job again for a new one."
 
 
 class Timestamp(fields.DateTime):
@@ -170,7 +171,8 @@ class Shown:
     @property
     def warnings(self) -> list[str]:
         """What the client should know about how it is or was answered."""
-        return warnings(self.row.type, self.row.model, self.row.requested_model, self.result)
+        told = warnings(self.row.type, self.row.model, self.row.requested_model, self.result)
+        return [*told, PRUNED] if self.row.status is JobState.COMPLETED and self.row.pruned_at is not None else told
 
 
 class JobCreated(Schema):
@@ -286,7 +288,17 @@ class JobView(JobItem):
     progress = fields.Nested(ProgressView, allow_none=True, metadata={"description": "Of a running job."})
     warnings = fields.List(fields.String(), metadata={"description": "What to know about how it was answered."})
     result = fields.Raw(
-        allow_none=True, metadata={"type": "object", "description": "What the type gives.", "additionalProperties": {}}
+        allow_none=True,
+        metadata={
+            "type": "object",
+            "description": "What the type gives; null once it is no longer kept.",
+            "additionalProperties": {},
+        },
+    )
+    result_pruned_at = Timestamp(
+        attribute="row.pruned_at",
+        allow_none=True,
+        metadata={"description": "Since when its input and result are no longer kept; null while they are."},
     )
 
 
@@ -367,6 +379,9 @@ class ProblemView(Schema):
     detail = fields.String(metadata={"example": "params.max_tokens: Must be greater than or equal to 1."})
     code = fields.String(metadata={"example": "validation_failed", "description": "For programs; never changes."})
     request_id = fields.String()
+    job_status = fields.String(
+        metadata={"example": "completed", "description": "With code job_ended: what became of the job."}
+    )
     errors = fields.Dict(
         fields.String(),
         fields.List(fields.String()),

@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import resource
 import signal
 import sys
 from types import FrameType
@@ -14,6 +15,7 @@ from sqlalchemy.exc import DBAPIError
 from app.auth import is_loopback
 from app.keys import Keys
 from app.settings import Settings
+from tasks import memory
 from tasks.settings import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -24,6 +26,8 @@ EXIT_REFUSED = 2
 CONNECTION_LIMIT = 2000
 #: A connection that is silent for this long is closed.
 CHANNEL_TIMEOUT_S = 20
+#: Files that are open beside those of clients: databases, broker and store, blobs.
+OTHER_FILES = 400
 #: waitress refuses larger bodies itself, in plain text; up to there the app does, as a problem.
 REFUSAL_ROOM_BYTES = 1024 * 1024
 
@@ -39,7 +43,12 @@ def main() -> None:
     except SettingsError as error:
         _refuse(str(error))
     settings: Settings = app.extensions["settings"]
+    try:
+        memory.check(settings.regions.values())
+    except SettingsError as error:
+        _refuse(str(error))
     _check_keys(settings, app.extensions["keys"])
+    _allow_files(settings)
     server = _open(app, settings)
     signal.signal(signal.SIGTERM, _leave)
     mounted = app.extensions.get("gpu_admin")
@@ -72,6 +81,20 @@ def _check_keys(settings: Settings, keys: Keys) -> None:
         )
 
 
+def _allow_files(settings: Settings) -> None:
+    """Let the process open a file for each connection, and one more for each waiter, as far as the system allows."""
+    wanted = CONNECTION_LIMIT + settings.threads + OTHER_FILES
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed == resource.RLIM_INFINITY or allowed >= wanted:
+        return
+    raised = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (raised, most))
+    if raised < wanted:
+        logger.warning(
+            "only %d files may be open, of %d for all clients: raise the hard limit (ulimit -Hn)", raised, wanted
+        )
+
+
 def _open(app: Flask, settings: Settings) -> Any:
     try:
         return waitress.create_server(
@@ -81,6 +104,8 @@ def _open(app: Flask, settings: Settings) -> Any:
             threads=settings.threads,
             connection_limit=CONNECTION_LIMIT,
             channel_timeout=CHANNEL_TIMEOUT_S,
+            # select(), its default, fails at the first file whose number is 1024: a few hundred waiting clients.
+            asyncore_use_poll=True,
             max_request_body_size=settings.max_body_bytes + REFUSAL_ROOM_BYTES,
             ident=None,
             # The Guard has to see that a request came through a proxy.

@@ -3,6 +3,7 @@
 import ipaddress
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network
@@ -10,6 +11,8 @@ from ipaddress import IPv4Network, IPv6Network
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from app.backlog import MAX_UNSENT
+from tasks import transport
 from tasks.reading import MOST_BODY_BYTES, near
 from tasks.routing import Region
 from tasks.settings import SettingsError, data_dir, default_region, load_regions
@@ -21,6 +24,19 @@ THREADS = 1100
 #: Threads that never wait for a job, so that health checks, submits and cancels are always answered.
 SPARE_THREADS = 100
 DIRECT_TOKEN_S = 60
+#: Rates are counted in windows of this length.
+RATE_WINDOW_S = 10
+#: Requests of one key in a window, by what they do; 0 is no limit (research/reliability.md 3).
+RATE_SUBMIT = 1000
+RATE_SYNC = 2000
+RATE_READ = 2000
+RATE_CANCEL = 100
+#: Jobs of one owner that may be queued at a time; 0 is no cap.
+MAX_QUEUED = 1000
+RESULT_RETENTION_HOURS = 24
+ROW_RETENTION_DAYS = 30
+
+_ORIGIN = re.compile(r"https?://[a-z0-9._-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?")
 
 Network = IPv4Network | IPv6Network
 
@@ -42,14 +58,30 @@ class Settings:
     allow_anonymous: bool = False
     #: Largest request body.
     max_body_bytes: int = MOST_BODY_BYTES
+    #: How many jobs are held for a region whose broker or store takes none.
+    max_unsent: int = MAX_UNSENT
     #: Proxies whose word on the client's address and region is taken.
     trusted_proxies: Sequence[Network] = ()
     #: Regions of the operator's own networks.
     client_regions: Mapping[Network, str] = field(default_factory=dict)
     #: Seconds for which a token of direct mode lets its job in; at most what the ledger remembers of a job.
     direct_token_s: int = DIRECT_TOKEN_S
+    #: Hours after its end for which a job's params and result are kept, and days for which its row is.
+    result_retention_hours: int = RESULT_RETENTION_HOURS
+    row_retention_days: int = ROW_RETENTION_DAYS
     #: Serve the admin API of this host too; its settings are gpu_admin's own.
     gpu_admin_mount: bool = False
+    #: Requests of one key in RATE_WINDOW_S seconds: creates, sync ones, reads, cancels. 0 is no limit.
+    rate_submit: int = RATE_SUBMIT
+    rate_sync: int = RATE_SYNC
+    rate_read: int = RATE_READ
+    rate_cancel: int = RATE_CANCEL
+    #: Jobs of one owner that may be queued at a time. 0 is no cap.
+    max_queued_per_key: int = MAX_QUEUED
+    #: Sites whose pages may call the API from a browser, as https://app.example.com.
+    cors_origins: Sequence[str] = ()
+    #: For how long browsers are told to come by TLS alone; 0 tells them nothing. Only where TLS stands in front.
+    hsts_s: int = 0
 
     @property
     def sync_waiters(self) -> int:
@@ -60,6 +92,7 @@ class Settings:
     def from_environ(cls, environ: Mapping[str, str] = os.environ) -> "Settings":
         """The settings that an environment states. Raises SettingsError."""
         regions = load_regions(environ)
+        transport.check(regions.values(), allowed=transport.allowed(environ))
         return cls(
             database_url=_database(environ),
             blobs_url=environ.get("BLOBS_URL") or str(data_dir(environ) / "blobs"),
@@ -70,10 +103,19 @@ class Settings:
             threads=_whole(environ, "API_THREADS", THREADS, least=4, most=20_000),
             allow_anonymous=_truth(environ, "GPU_ALLOW_ANONYMOUS"),
             max_body_bytes=_whole(environ, "MAX_BODY_BYTES", MOST_BODY_BYTES, least=1024, most=1024**3),
+            max_unsent=_whole(environ, "MAX_UNSENT", MAX_UNSENT, least=1, most=10_000_000),
             trusted_proxies=_proxies(environ),
             client_regions=_networks(environ, regions),
             direct_token_s=_whole(environ, "DIRECT_TOKEN_SECONDS", DIRECT_TOKEN_S, least=5, most=300),
+            **_retention(environ),
             gpu_admin_mount=_truth(environ, "GPU_ADMIN_MOUNT"),
+            rate_submit=_whole(environ, "RATE_SUBMIT", RATE_SUBMIT, least=0, most=1_000_000),
+            rate_sync=_whole(environ, "RATE_SYNC", RATE_SYNC, least=0, most=1_000_000),
+            rate_read=_whole(environ, "RATE_READ", RATE_READ, least=0, most=1_000_000),
+            rate_cancel=_whole(environ, "RATE_CANCEL", RATE_CANCEL, least=0, most=1_000_000),
+            max_queued_per_key=_whole(environ, "MAX_QUEUED_PER_KEY", MAX_QUEUED, least=0, most=10_000_000),
+            cors_origins=_origins(environ),
+            hsts_s=_whole(environ, "HSTS_SECONDS", 0, least=0, most=2**31),
         )
 
 
@@ -96,6 +138,17 @@ def _whole(environ: Mapping[str, str], name: str, default: int, *, least: int, m
     return int(text)
 
 
+def _retention(environ: Mapping[str, str]) -> dict[str, int]:
+    hours = _whole(environ, "RESULT_RETENTION_HOURS", RESULT_RETENTION_HOURS, least=1, most=87_600)
+    # An idempotency key lives as long as its row, and clients may count on a day.
+    days = _whole(environ, "ROW_RETENTION_DAYS", ROW_RETENTION_DAYS, least=1, most=3650)
+    if hours > 24 * days:
+        raise SettingsError(
+            f"RESULT_RETENTION_HOURS={hours} is longer than ROW_RETENTION_DAYS={days}: a result goes with its row."
+        )
+    return {"result_retention_hours": hours, "row_retention_days": days}
+
+
 def _truth(environ: Mapping[str, str], name: str) -> bool:
     return environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
 
@@ -103,6 +156,18 @@ def _truth(environ: Mapping[str, str], name: str) -> bool:
 def _proxies(environ: Mapping[str, str]) -> list[Network]:
     texts = [text.strip() for text in environ.get("TRUSTED_PROXIES", "").split(",")]
     return [_network("TRUSTED_PROXIES", text) for text in texts if text]
+
+
+def _origins(environ: Mapping[str, str]) -> list[str]:
+    texts = [text.strip() for text in environ.get("CORS_ORIGINS", "").split(",")]
+    for text in filter(None, texts):
+        if not _ORIGIN.fullmatch(text):
+            raise SettingsError(
+                f"CORS_ORIGINS: {text!r} is no origin as a browser sends it, such as https://app.example.com or "
+                "http://localhost:5173: a scheme and a host in lower case, a port where it is not the scheme's own, "
+                "and nothing behind it. `*` is not taken."
+            )
+    return [text for text in texts if text]
 
 
 def _networks(environ: Mapping[str, str], regions: Mapping[str, Region]) -> dict[Network, str]:

@@ -43,6 +43,7 @@ metadata = MetaData()
 _STATES = ", ".join(f"'{state}'" for state in JobState)
 _IS_LIVE = text("status IN ('queued', 'running')")
 _IS_QUEUED = text("status = 'queued'")
+_IS_WHOLE = text("pruned_at IS NULL AND completed_at IS NOT NULL")
 
 jobs = Table(
     "jobs",
@@ -72,6 +73,8 @@ jobs = Table(
     Column("created_at", Double, nullable=False),
     Column("started_at", Double),
     Column("completed_at", Double),
+    #: When its params and its result were deleted, a while after its end (app/retention.py).
+    Column("pruned_at", Double),
     #: Queued for longer than this, it times out.
     Column("queue_deadline", Double),
     #: Running for longer than this, it times out even if its worker says nothing. Null while it waits for a worker,
@@ -94,14 +97,17 @@ jobs = Table(
     Column("withdrawn", Boolean, nullable=False),
     CheckConstraint(f"status IN ({_STATES})", name="known_status"),
     UniqueConstraint("owner", "idempotency_key", name="one_job_per_key"),
-    Index("newest_of_owner", "owner", "created_at", "id"),
-    Index("newest", "created_at", "id"),
+    # What lists filter by stands in the index itself: otherwise a filter that few jobs pass reads every row.
+    Index("newest_of_owner", "owner", "created_at", "id", "status", "type", "region"),
+    Index("newest", "created_at", "id", "status", "type", "region"),
     Index("due", "due_at", sqlite_where=text("due_at IS NOT NULL"), postgresql_where=text("due_at IS NOT NULL")),
     Index("queue_deadlines", "queue_deadline", sqlite_where=_IS_LIVE, postgresql_where=_IS_LIVE),
     Index("run_deadlines", "run_deadline", sqlite_where=_IS_LIVE, postgresql_where=_IS_LIVE),
     Index("epochs", "region", "store_epoch", sqlite_where=_IS_LIVE, postgresql_where=_IS_LIVE),
     Index("resends", "region", "type", "sent_at", sqlite_where=_IS_LIVE, postgresql_where=_IS_LIVE),
+    Index("prunable", "completed_at", sqlite_where=_IS_WHOLE, postgresql_where=_IS_WHOLE),
     Index("oldest_queued", "region", "created_at", sqlite_where=_IS_QUEUED, postgresql_where=_IS_QUEUED),
+    Index("queued_of_owner", "owner", sqlite_where=_IS_QUEUED, postgresql_where=_IS_QUEUED),
 )
 
 api_keys = Table(
@@ -115,6 +121,22 @@ api_keys = Table(
     Column("created_at", Double, nullable=False),
     Column("expires_at", Double),
     Column("revoked_at", Double),
+    #: Whom its jobs belong to; keys that replace one another have the same.
+    Column("owner", String(64), nullable=False),
+)
+
+#: Rows are only added (app/audit.py).
+audit = Table(
+    "audit",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    Column("at", Double, nullable=False),
+    Column("actor", String(64)),
+    Column("address", String(64)),
+    Column("action", String(64), nullable=False),
+    Column("target", String(512), nullable=False),
+    Column("result", String(64), nullable=False),
+    Index("audit_times", "at"),
 )
 
 #: One row: which control process leads, and until when.
@@ -124,6 +146,15 @@ leadership = Table(
     Column("id", Integer, primary_key=True),
     Column("holder", String(64), nullable=False),
     Column("until", Double, nullable=False),
+)
+
+#: One row: what tickets are signed with (app/tickets.py). Delete it for a new one; what runs then runs once more.
+signing_key = Table(
+    "signing_key",
+    metadata,
+    Column("id", Integer, primary_key=True),
+    #: 256 random bits in hex.
+    Column("secret", String(64), nullable=False),
 )
 
 

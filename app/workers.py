@@ -254,7 +254,7 @@ def _order(found: list[Shown], *, drain: bool) -> None:
         for name, worker_ids in ids.items():
             with _answering(mailbox):
                 mailbox.ledger.order(name, worker_ids, drain=drain)
-            logger.info("worker %s is told to %s by %s", name, "drain" if drain else "resume", caller().owner)
+            logger.info("worker %s is told to %s by %s", name, "drain" if drain else "resume", caller().key)
 
 
 def _forget(name: str) -> bool:

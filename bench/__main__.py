@@ -5,7 +5,7 @@ import sys
 
 from engines import packaged
 
-MEASUREMENTS = ("overhead", "depth", "chat", "llm_engine", "engines", "fleet", "failover", "gpu_admin")
+MEASUREMENTS = ("overhead", "depth", "chat", "llm_engine", "engines", "fleet", "failover", "load", "gpu_admin")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The models the platform knows: one row each, found by id or alias."""
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -93,7 +94,11 @@ class Model:
     aliases: Mapping[str, str] = field(default_factory=dict)
     #: Name of the packaged weights in engines/packaged.py, used when they have been prepared.
     packaged: str | None = None
-    #: A local folder that holds the weights; overrides both.
+    #: Commit of the repository that is read, in full; None for whatever its main branch has.
+    revision: str | None = None
+    #: The operator lets code of its repository run, at that revision.
+    trusted: bool = False
+    #: A local folder that holds the weights; overrides all of these.
     folder: str | None = None
     #: The server of the host that computes in the engine's place.
     url: str | None = None
@@ -105,6 +110,10 @@ class Model:
     drawing: Drawing | None = None
     #: For embedding: None lets the engine go by the folder's own sentence-transformers files.
     sentence: Sentence | None = None
+
+
+#: A model at a commit: its id, and all digits of the commit, since shorter names can be made to mean something else.
+PINNED = re.compile(r"([^@\s]+)@([0-9a-f]{40})")
 
 
 class UnknownModel(LookupError):

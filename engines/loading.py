@@ -5,18 +5,22 @@ For workers only. torch is imported when a device is looked at, not when this mo
 
 import dataclasses
 import importlib
+import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from engines import catalogue, packaged
-from engines.catalogue import JobType, Model, UnknownModel
+from engines.catalogue import PINNED, JobType, Model, UnknownModel
 from engines.contract import DTYPES, GIB, Device, Engine, EngineLoadError
 
 
-def resolve(job_type: JobType, name_or_path: str) -> Model:
+def resolve(job_type: JobType, name_or_path: str, trusted: Collection[str] = ()) -> Model:
     """The catalogue's row of that id or alias, or a row made up for a local folder or a server's URL.
 
-    Raises UnknownModel with the nearest names.
+    An id may have a commit behind it (id@commit): then that one is read. trusted: models, as id@commit, whose own code
+    the operator lets run. Raises UnknownModel with the nearest names.
     """
     if "://" in name_or_path:
         return _served_at(job_type, name_or_path)
@@ -29,10 +33,26 @@ def resolve(job_type: JobType, name_or_path: str) -> Model:
     if folder.is_dir():
         folder = folder.resolve()
         return Model(folder.name, job_type, f"engines.{job_type}.engine:Engine", folder=str(folder))
+    pinned = PINNED.fullmatch(name_or_path)
+    name, commit = pinned.groups() if pinned else (name_or_path, None)
     try:
-        return catalogue.find(job_type, name_or_path)
+        row = catalogue.find(job_type, name)
     except UnknownModel as error:
         raise UnknownModel(f"{error} It is no local folder either.") from None
+    return _at(row, commit or row.revision, dict(entry.rsplit("@", 1) for entry in trusted))
+
+
+def _at(row: Model, commit: str | None, trusted: Mapping[str, str]) -> Model:
+    """The row at that commit, and whether its code may run. Raises UnknownModel if another one of it is trusted."""
+    read = trusted.get(row.id)
+    if read and commit not in (None, read):
+        raise UnknownModel(f"{row.id} is to be read at {commit}, but GPU_TRUST_REMOTE_CODE lists it at {read}.")
+    return dataclasses.replace(row, revision=commit or read, trusted=read is not None)
+
+
+def hub_options(model: Model) -> dict[str, Any]:
+    """What every from_pretrained() and download() of a model is told: which commit, and whether its code may run."""
+    return {"trust_remote_code": model.trusted, **({"revision": model.revision} if model.revision else {})}
 
 
 def _served_at(job_type: JobType, url: str) -> Model:
@@ -61,7 +81,8 @@ def locate(model: Model) -> str:
     """
     if model.folder:
         return model.folder
-    if model.packaged and (folder := packaged.prepared(model.packaged)):
+    # Nobody knows of which commit a package's weights are.
+    if model.packaged and model.revision is None and (folder := packaged.prepared(model.packaged)):
         return str(folder)
     return model.id
 
@@ -133,6 +154,9 @@ def load(model: Model, device: Device) -> Engine:
 
     Raises EngineLoadError: which model, why, and what to set.
     """
+    # For a repository without safetensors, transformers would ask a public service to convert its pickled weights, and
+    # read what that proposes.
+    os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
     try:
         _cap_memory(device)
         module, _, name = model.engine.partition(":")

@@ -18,6 +18,8 @@ from engines.triton.schemas import TritonParams, TritonResult
 
 #: Largest seed: JSON numbers are exact up to here in every client's language.
 MOST_SEED = 2**53 - 1
+#: Of a conversation; no model of the catalogue reads more tokens than about a tenth of it.
+MOST_CHARACTERS = 1_000_000
 
 
 class Message(Schema):
@@ -42,6 +44,11 @@ class LlmParams(Schema):
     top_p = Number(load_default=0.9, validate=validate.Range(min=0, min_inclusive=False, max=1))
     seed = Int(load_default=None, allow_none=True, validate=validate.Range(min=0, max=2**63 - 1))
     stop = StringOrList(load_default=list, most=4, longest=256)
+
+    @validates_schema
+    def _length(self, data: Mapping[str, Any], **_: Any) -> None:
+        if sum(len(message["content"]) for message in data["messages"]) > MOST_CHARACTERS:
+            raise ValidationError(f"At most {MOST_CHARACTERS} characters in all.", "messages")
 
 
 class Usage(Schema):

@@ -31,6 +31,8 @@ from gpu_admin.keeper import Keeper
 from gpu_admin.orders import Order, Orders, Phase
 from gpu_admin.settings import near
 
+#: A refusal cuts longer names of models.
+LONGEST_NAME = 100
 #: For a start to let go of what is to be stopped; runners look once a second whether they are abandoned.
 LET_GO_S = 30.0
 
@@ -237,7 +239,8 @@ class Instances:
                 raise BadRequest(f"gpu_id: {gpu_id} is not there; this host has {has}.")
 
     def _unknown(self, model_name: str) -> str:
-        return f"This host has no model {model_name!r}.{near(model_name, self._by_model)}"
+        name = model_name[:LONGEST_NAME]
+        return f"This host has no model {name!r}.{near(name, self._by_model)}"
 
 
 def _on(orders: Iterable[Order], model_name: str, gpu_ids: tuple[int, ...] | None = None) -> list[Order]:

@@ -1,6 +1,7 @@
 """Reading requests: strict JSON, and refusals (400) that name the field, the rule and the near names."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, NoReturn
@@ -69,7 +70,7 @@ def _parse_object(data: bytes) -> dict[str, Any]:
     if not data:
         raise BadRequest("The body is empty; send a JSON object.")
     try:
-        value = json.loads(data.decode(), parse_constant=_refuse_constant)
+        value = json.loads(data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise BadRequest(f"The body is not UTF-8: byte {error.start} cannot be decoded.") from error
     except json.JSONDecodeError as error:
@@ -82,6 +83,16 @@ def _parse_object(data: bytes) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise BadRequest("The body must be a JSON object.")
     return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a dict. Raises BadRequest where a name comes twice: readers differ in which one they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in names.items() if count > 1)
+        raise BadRequest(f"The body has an object with two fields named {twice[:LONGEST_NAME]!r}.")
+    return found
 
 
 def _refuse_constant(name: str) -> NoReturn:

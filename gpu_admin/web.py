@@ -18,6 +18,7 @@ blueprint = parsing.Blueprint("welcome", __name__, description="The service itse
 
 @blueprint.get("/")
 @auth.public
+@blueprint.doc(security=[])
 @blueprint.response(200, schemas.Welcome)
 def welcome() -> dict[str, Any]:
     """That the service is there; nothing is asked of the host."""
@@ -48,7 +49,11 @@ def create_app(settings: Settings | None = None) -> Flask:
 
 
 def _complete(response: Response) -> Response:
-    # Answers hold text that others wrote: no browser may take it for a page.
+    # Answers hold text that others wrote: no browser may take it for a page, show it within one, or act on it.
     response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["X-Frame-Options"] = "DENY"
+    response.headers["Referrer-Policy"] = "no-referrer"
+    response.headers["Cross-Origin-Resource-Policy"] = "same-origin"
     response.headers.setdefault("Cache-Control", "no-store")
+    response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
     return response

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 from zoneinfo import ZoneInfo
 
@@ -26,7 +26,7 @@ import celeryconfig
 from engines import catalogue
 from engines.catalogue import DEFAULT_ON_CPU, DEFAULT_ON_GPU, JobType, Model, UnknownModel
 from engines.contract import Device, Engine, EngineLoadError, JobCancelled, ServerAway
-from tasks import bootstrap, consuming, routing, settings
+from tasks import bootstrap, consuming, memory, routing, settings, transport
 from tasks.channel import Listener
 from tasks.duty import Duty, Hours
 from tasks.fleet import Card, WorkerState
@@ -86,6 +86,8 @@ def _configure(sender: str, conf: Any, options: dict[str, Any], **_: Any) -> Non
         conf.update(celeryconfig.connections_of(home))
         if conf.broker_url != home.broker:
             raise settings.SettingsError("CELERY_BROKER_URL and -b are not for workers: set GPU_BROKER_URL.")
+        transport.check([home], allowed=worker.allow_plaintext)
+        memory.check([home])
     except settings.SettingsError as error:
         _refuse(error)
     except bootstrap.ServerAway as error:
@@ -234,7 +236,9 @@ def _choose(types: list[JobType], worker: settings.WorkerSettings) -> tuple[dict
     # What a server of the host computes has the same default on every device.
     told = {**{job_type: DEFAULT_ON_CPU[job_type] for job_type in catalogue.SERVERS}, **worker.models}
     named: dict[JobType, Model] = {
-        job_type: _resolve(job_type, name) for job_type, name in told.items() if job_type in types
+        job_type: _resolve(job_type, name, worker.trust_remote_code)
+        for job_type, name in told.items()
+        if job_type in types
     }
     device = Device("cpu")
     if len(named) < len(types) or any(model.on_device for model in named.values()):
@@ -249,7 +253,8 @@ def _choose(types: list[JobType], worker: settings.WorkerSettings) -> tuple[dict
     # The language model last: its cache takes its share of what the others have left.
     ordered = sorted(types, key=lambda job_type: job_type is JobType.LLM)
     return {
-        job_type: named.get(job_type) or loading.resolve(job_type, defaults[job_type]) for job_type in ordered
+        job_type: named.get(job_type) or _resolve(job_type, defaults[job_type], worker.trust_remote_code)
+        for job_type in ordered
     }, device
 
 
@@ -284,12 +289,12 @@ def _duty(engines: Mapping[JobType, Engine], worker: settings.WorkerSettings) ->
     )
 
 
-def _resolve(job_type: JobType, name: str) -> Model:
+def _resolve(job_type: JobType, name: str, trusted: Collection[str]) -> Model:
     """The model that the settings name. Raises SettingsError, which says where they do."""
     from engines import loading
 
     try:
-        return loading.resolve(job_type, name)
+        return loading.resolve(job_type, name, trusted)
     except UnknownModel as error:
         variable = next(variable for variable, known in settings.MODEL_VARIABLES.items() if known is job_type)
         raise settings.SettingsError(f"{settings.where(os.environ, variable)}: {error}") from error
@@ -334,7 +339,7 @@ def _load(
         began = time.monotonic()
         engines[job_type] = loading.load(model, device)
         models[job_type] = model.id
-        if warning := catalogue.warning(model, worker.models.get(job_type, model.id)):
+        if warning := catalogue.warning(model, worker.models.get(job_type, model.id).partition("@")[0]):
             warnings[job_type] = warning
             logger.warning("%s", warning)
         logger.info("%s loaded on %s in %.1f s", model.id, device.name, time.monotonic() - began)

@@ -135,6 +135,7 @@ class Brought:
             "progress": None,
             "warnings": showing.warnings(direct.type, direct.model, direct.requested_model, result),
             "result": result,
+            "result_pruned_at": None,
         }
 
 
@@ -345,6 +346,7 @@ class DirectServer:
             region_wanted=wanted["region"] or card.region,
             allow_cross_region=wanted["allow_cross_region"],
             timeout_seconds=wanted["timeout_seconds"],
+            ticket=token.ticket,
         )
         return Brought(token, direct, wanted["params"])
 

@@ -73,10 +73,12 @@ class Envelope:
     run_s: float
     result: Mapping[str, Any] | None = None
     error: JobError | None = None
+    #: What the attempt was handed out with; without the right one nobody believes the rest.
+    ticket: str = ""
 
     def encode(self) -> str:
         """As JSON text."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return _encode(asdict(self))
 
     @classmethod
     def decode(cls, text: str | bytes) -> "Envelope":
@@ -103,16 +105,25 @@ class DirectJob:
     region_wanted: str | None
     allow_cross_region: bool
     timeout_seconds: float
+    #: The one that its token carries.
+    ticket: str = ""
 
     def encode(self) -> str:
         """As JSON text."""
-        return json.dumps(asdict(self), separators=(",", ":"))
+        return _encode(asdict(self))
 
     @classmethod
     def decode(cls, text: str) -> "DirectJob":
         """The job that encode() wrote."""
         fields = json.loads(text)
         return cls(**{**fields, "type": JobType(fields["type"])})
+
+
+def _encode(fields: dict[str, Any]) -> str:
+    # An API of before there were tickets knows no such field, and hands none out.
+    if not fields["ticket"]:
+        del fields["ticket"]
+    return json.dumps(fields, separators=(",", ":"))
 
 
 class JobFailed(Exception):

@@ -16,13 +16,17 @@ Keys of a region's store:
     cards             hash    the last card of every worker that beats or is lost
     lost              zset    workers that left without a word, by their last beat; shown for a day
     names             hash    which worker came last under each name
-    orders            hash    by name: "drain" for workers that must take no new jobs, also after a restart
+    orders            hash    by name: workers that must take no new jobs, also after a restart, and when they were last
+                              there, in unix seconds
     reliability:{name} hash   a worker's good outcomes and faults, fading; gone after eight half-lives
     news              zset    jobs whose record changed since it was last copied into the row, by sequence
     done:{id}         list    what sync waiters block on: when it started, and the envelope
-    speed:{queue}     hash    running mean of the seconds a completed job took, of a type and of each model that ran
+    speed:{queue}     hash    running mean of the seconds a completed job took, of a type and of each model that ran;
+                              gone after 30 days without one
     direct:secret     string  what the tokens of direct mode are signed with
+    discarded, forged         outcomes that came too late, and that no worker of ours wrote, counted
     epoch             string  made once per life of the store: another value means that everything was lost
+    led               string  until when the database said that control leads: one that says less is an older copy
 """
 
 import json
@@ -52,7 +56,9 @@ LEASE_S = 10.0
 BEAT_S = 2.0
 #: How long a lost worker is shown.
 LOST_TTL_S = 24 * 3600
-#: What an order to drain says, in the store and when it is pushed to the worker; and what takes it back.
+#: How long an order to drain outlives the last worker of its name.
+ORDER_TTL_S = 90 * 24 * 3600
+#: What an order to drain says when it is pushed to the worker; and what takes it back.
 DRAIN, RESUME = "drain", "resume"
 #: How long an outcome that nobody folded is kept.
 OUTCOME_TTL_S = 24 * 3600
@@ -62,6 +68,8 @@ TOMBSTONE_TTL_S = 600
 BULK_CHARS = 256 * 1024
 #: One blocking wait; the record is looked at again between two of them.
 WAIT_SLICE_S = 5.0
+#: Of one client to a store; the threads of a process are fewer.
+MOST_CONNECTIONS = 25_000
 
 StoreError = redis.RedisError
 
@@ -87,11 +95,13 @@ class Answer(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """The answer to begin(); params and timeout with RUN only."""
+    """The answer to begin(); all but the answer itself with RUN only."""
 
     answer: Answer
     params: Mapping[str, Any]
     timeout_s: float
+    #: What its outcome must carry.
+    ticket: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +157,8 @@ class Record:
     outcome: Envelope | None
     #: Set if its client brought it to the worker: then it may have no row yet.
     direct: DirectJob | None = None
+    #: The outcome as it was found, for refuse().
+    said: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +191,9 @@ def open_store(url: str, *, timeout_s: float, block_s: float = 0.0) -> redis.Red
         socket_timeout=timeout_s + block_s,
         socket_connect_timeout=timeout_s,
         socket_keepalive=True,
+        # One for each thread that asks or waits at once. redis-py allows 100, and the next ones get an error that looks
+        # as if the server were away.
+        max_connections=MOST_CONNECTIONS,
         decode_responses=True,
         # A retry would wait for the same dead server again; callers decide what a failure means.
         retry=Retry(NoBackoff(), 0),
@@ -217,15 +232,17 @@ class Ledger:
         params: str,
         timeout_s: float,
         beside: Sequence[str] = (),
+        ticket: str = "",
     ) -> Entered:
         """Enter the attempt as queued, with its params as JSON text; a record that knows better is left alone.
 
-        model: the one that the queue is for. beside: queues whose jobs wait for the same workers.
+        model: the one that the queue is for. beside: queues whose jobs wait for the same workers. ticket: what the
+        attempt's outcome must carry.
         """
         what: list[str | float] = [job.id, job.attempt, 9 - priority, params, timeout_s]
         state, epoch, standing = self._run["put"](
             keys=[f"job:{job.id}", f"wait:{queue}", "seq", "epoch", "queues"],
-            args=[*what, uuid.uuid4().hex, queue, model or "", *beside],
+            args=[*what, uuid.uuid4().hex, queue, model or "", ticket, *beside],
             client=self._client_for(params),
         )
         return Entered(state, epoch, Standing(*standing) if standing else None)
@@ -261,7 +278,8 @@ class Ledger:
         envelope = _read(Envelope.decode, text)
         if envelope is None:
             return None
-        return Record("ended", envelope.attempt, envelope.worker_id, int(started) / 1000 if started else None, envelope)
+        started_at = int(started) / 1000 if started.isdecimal() else None
+        return Record("ended", envelope.attempt, envelope.worker_id, started_at, envelope, said=text)
 
     def position(self, job_id: str, queue: str) -> int | None:
         """The job's place in its queue, 1 is next; None if it does not wait there."""
@@ -334,6 +352,24 @@ class Ledger:
         self.store.set("epoch", uuid.uuid4().hex, nx=True)
         return str(self.store.get("epoch"))
 
+    def renew_epoch(self, led_until: float | None) -> bool:
+        """Begin another life of the store if the database is an older copy of what led here; whether it is.
+
+        led_until: what the database says, in unix seconds, of who led last.
+        """
+        known = cast(str | None, self.store.get("led"))
+        if known is None or (led_until or 0.0) >= float(known):
+            return False
+        pipe = self.store.pipeline(transaction=True)
+        pipe.set("epoch", uuid.uuid4().hex)
+        pipe.delete("led")
+        pipe.execute()
+        return True
+
+    def led(self, until: float) -> None:
+        """Remember until when the database says that control leads."""
+        self.store.set("led", repr(until))
+
     def news(self, limit: int) -> tuple[list[str], float]:
         """Ids of records that changed, oldest first, and the mark to settle() once they are in their rows."""
         changed = cast(list[tuple[str, float]], self.store.zrange("news", 0, limit - 1, withscores=True))
@@ -349,7 +385,22 @@ class Ledger:
         for job_id in job_ids:
             pipe.hdel(f"job:{job_id}", "outcome", "params", "direct")
             pipe.expire(f"job:{job_id}", TOMBSTONE_TTL_S)
+            pipe.expire(f"celery-task-meta-{job_id}", TOMBSTONE_TTL_S)
         pipe.execute()
+
+    def refuse(self, job_id: str, said: str, *, queue: str, worker_id: str | None = None) -> bool:
+        """Drop an outcome that no worker of ours wrote, as Record.said has it, and count it.
+
+        queue, worker_id: where the row says that the job waits or runs. True if the record held it and is gone: then
+        the job has to be entered again. Otherwise only a waiter was told of it.
+        """
+        places = [f"wait:{queue}", f"begun:{queue}", f"running:{worker_id or ''}"]
+        keys = [f"job:{job_id}", f"done:{job_id}", f"celery-task-meta-{job_id}", *places]
+        return bool(self._run["refuse"](keys=keys, args=[job_id, said]))
+
+    def forged(self) -> int:
+        """How many outcomes were refused in this life of the store."""
+        return int(cast(str | None, self.store.get("forged")) or 0)
 
     def orphans(self) -> list[tuple[str, str]]:
         """(worker id, job id) of every job whose worker's lease has ended; a worker that was lost is counted once."""
@@ -388,6 +439,27 @@ class Ledger:
                     )
                     yield [job_id for job_id, _ in found]
 
+    def drop_places(self, job_ids: Iterable[str]) -> None:
+        """Take jobs that have no record any more out of every queue's indexes."""
+        gone = list(job_ids)
+        pipe = self.store.pipeline(transaction=False)
+        if gone:
+            for queue in cast(list[str], self.store.hkeys("queues")):
+                pipe.zrem(f"wait:{queue}", *gone)
+                pipe.zrem(f"begun:{queue}", *gone)
+        pipe.execute()
+
+    def drop_old_orders(self, now: float) -> list[str]:
+        """Names whose order to drain is dropped: no worker of that name was there for ORDER_TTL_S."""
+        orders = cast(dict[str, str], self.store.hgetall("orders"))
+        old = [name for name, at in orders.items() if at != DRAIN and float(at) < now - ORDER_TTL_S]
+        if old:
+            self.store.hdel("orders", *old)
+        if unstamped := {name: str(int(now)) for name, at in orders.items() if at == DRAIN}:
+            # Of an earlier version.
+            self.store.hset("orders", mapping=cast(Any, unstamped))
+        return old
+
     # The worker's side
 
     def begin(self, job: Job, *, worker_id: str, token: str) -> Claim:
@@ -397,7 +469,7 @@ class Ledger:
         )
         if answer != Answer.RUN:
             return Claim(Answer(answer), {}, 0.0)
-        return Claim(Answer.RUN, json.loads(rest[0]), float(rest[1]))
+        return Claim(Answer.RUN, json.loads(rest[0]), float(rest[1]), *rest[2:])
 
     def enter(self, job_id: str, direct: DirectJob, *, worker_id: str) -> float | None:
         """Enter a job that its client brought to the worker, as begun: when, in unix seconds; None if the id is used.
@@ -529,7 +601,7 @@ class Ledger:
         """
         pipe = self.store.pipeline(transaction=True)
         if drain:
-            pipe.hset("orders", name, DRAIN)
+            pipe.hset("orders", name, int(time.time()))
         else:
             pipe.hdel("orders", name)
         for worker_id in worker_ids:
@@ -569,6 +641,7 @@ def _record(fields: list[str | None]) -> Record | None:
         started_at=int(started) / 1000 if started else None,
         outcome=_read(Envelope.decode, outcome),
         direct=_read(DirectJob.decode, direct),
+        said=outcome or "",
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, assert_never
 from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from zoneinfo import ZoneInfo, available_timezones
 
-from engines.catalogue import JobType, find
+from engines.catalogue import PINNED, JobType, find
 from engines.contract import DTYPES
 
 #: Exit code of a worker that cannot start as configured: EX_CONFIG of sysexits.h. A supervisor need not retry it.
@@ -69,6 +69,10 @@ class WorkerSettings:
     #: Its region's broker and store; None means the server's answer, else the embedded Valkey of this machine.
     broker_url: str | None = None
     store_url: str | None = None
+    #: Speak to them without TLS although they are not on this machine.
+    allow_plaintext: bool = False
+    #: Code of their own that models may run, as id@commit.
+    trust_remote_code: tuple[str, ...] = ()
     #: Seconds between two beats, at most: its lease needs one every 2 s.
     heartbeat_interval_s: float = 30.0
     poll_interval_s: float = 2.0
@@ -103,6 +107,8 @@ class Kind(StrEnum):
     ZONE = "time zone"
     #: Names of job types; in a variable with commas between.
     TYPES = "job types"
+    #: Models at a commit, such as org/model@<40 hex digits>, with commas between.
+    PINNED = "models at a commit"
     CHOICE = "choice"
 
 
@@ -136,7 +142,7 @@ class Option:
         """What its value must be, in words."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
-        article = "" if self.kind in (Kind.TRUTH, Kind.TYPES) else "an " if self.kind is Kind.WEB else "a "
+        article = "" if self.kind in (Kind.TRUTH, Kind.TYPES, Kind.PINNED) else "an " if self.kind is Kind.WEB else "a "
         if self.kind is Kind.TEXT:
             return "one line of text"
         if self.least is None:
@@ -159,6 +165,8 @@ class Option:
                 return self._zone(text, where)
             case Kind.TYPES:
                 return self._types(text, where)
+            case Kind.PINNED:
+                return self._pinned(text, where)
             case Kind.CHOICE:
                 if text not in self.choices:
                     raise SettingsError(f"{where} must be {self.rule}, not {text!r}.{near(text, self.choices)}")
@@ -222,6 +230,15 @@ class Option:
             )
         return ZoneInfo(text).key
 
+    def _pinned(self, text: str, where: str) -> tuple[str, ...]:
+        found = tuple(filter(None, map(str.strip, text.split(","))))
+        for name in found:
+            if not PINNED.fullmatch(name):
+                raise SettingsError(
+                    f"{where}: {name!r} must be org/model@commit, with all 40 hex digits of a commit you have read."
+                )
+        return found
+
     def _types(self, text: str, where: str) -> tuple[JobType, ...]:
         found = []
         for name in filter(None, map(str.strip, text.split(","))):
@@ -279,6 +296,20 @@ OPTIONS: tuple[Option, ...] = (
         "store_url",
         Kind.URL,
         "The region's store: Redis or Valkey; default: what server.url says, else redis://127.0.0.1:6390/1.",
+    ),
+    Option(
+        "server.allow_plaintext",
+        "GPU_ALLOW_PLAINTEXT",
+        "allow_plaintext",
+        Kind.TRUTH,
+        "Speak to a broker and store elsewhere without TLS: only where the network between is trusted.",
+    ),
+    Option(
+        "trust_remote_code",
+        "GPU_TRUST_REMOTE_CODE",
+        "trust_remote_code",
+        Kind.PINNED,
+        "Models whose repository's own code may run here, each at the commit that you have read; default: none.",
     ),
     Option(
         "gpu.enable_cpu_offload",

@@ -118,6 +118,11 @@ class Publisher:
                 found[name] = declared.message_count
             return found
 
+    def purge(self, queue: str) -> None:
+        """Drop every message that waits in the queue."""
+        with self._app.connection_for_write() as connection:
+            connection.default_channel.queue_purge(queue)
+
     def close(self) -> None:
         """Drop the connections."""
         self._producers.force_close_all()

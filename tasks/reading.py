@@ -2,6 +2,7 @@
 
 import difflib
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -18,8 +19,11 @@ LONGEST_S = 86_400
 #: A refusal names at most this many fields, and cuts longer names: a megabyte of junk is not echoed.
 MOST_ERRORS = 50
 LONGEST_NAME = 100
+#: Objects and lists within one another; the deepest that a job needs, a tensor within its params, has about ten.
+MOST_DEPTH = 32
 
 _UNKNOWN_FIELD = "Unknown field."
+_TOO_DEEP = f"The body is nested too deeply: at most {MOST_DEPTH} objects and lists within one another."
 
 
 class NotAnObject(ValueError):
@@ -27,17 +31,20 @@ class NotAnObject(ValueError):
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
-    """The JSON object that the bytes are, by RFC 8259: UTF-8, no NaN, no Infinity. Raises NotAnObject."""
+    """The JSON object that the bytes are, by RFC 8259: UTF-8, no NaN, no Infinity, at most MOST_DEPTH deep.
+
+    Raises NotAnObject.
+    """
     if not data:
         raise NotAnObject("The body is empty; send a JSON object.")
     try:
-        value = json.loads(data.decode(), parse_constant=_refuse_constant)
+        value = json.loads(data.decode(), parse_constant=_refuse_constant, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise NotAnObject(f"The body is not UTF-8: byte {error.start} cannot be decoded.") from error
     except json.JSONDecodeError as error:
         raise NotAnObject(f"The body is not JSON: {error.msg}, line {error.lineno} column {error.colno}.") from error
     except RecursionError as error:
-        raise NotAnObject("The body is nested too deeply.") from error
+        raise NotAnObject(_TOO_DEEP) from error
     except NotAnObject:
         raise
     except ValueError as error:
@@ -45,6 +52,9 @@ def parse_object(data: bytes) -> dict[str, Any]:
         raise NotAnObject("The body holds a number with too many digits.") from error
     if not isinstance(value, dict):
         raise NotAnObject("The body must be a JSON object.")
+    # The brackets are counted first: in megabytes of Base64 there are none, and nothing is walked through.
+    if data.count(b"{") + data.count(b"[") > MOST_DEPTH and _is_deeper(value, MOST_DEPTH):
+        raise NotAnObject(_TOO_DEEP)
     return value
 
 
@@ -187,6 +197,31 @@ def _flatten(messages: Any, path: str) -> Iterable[tuple[str, str]]:
             yield from _flatten(message, path)
     else:
         yield path or "body", str(messages)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The pairs as a dict. Raises NotAnObject where a name comes twice: readers differ in which one they take."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = Counter(name for name, _ in pairs)
+        twice = next(name for name, count in names.items() if count > 1)
+        raise NotAnObject(f"The body has an object with two fields named {twice[:LONGEST_NAME]!r}.")
+    return found
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+    """Whether objects and lists lie more than depth deep, the value itself being the first."""
+    level = [value]
+    for _ in range(depth):
+        level = [
+            entry
+            for node in level
+            for entry in (node.values() if isinstance(node, dict) else node)
+            if isinstance(entry, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 def _refuse_constant(name: str) -> NoReturn:

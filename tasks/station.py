@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -57,9 +58,19 @@ class StationClosed(Exception):
 class Run:
     """One attempt that runs here; report() is what its engine calls."""
 
-    def __init__(self, job: Job, timeout_s: float, listen: Callable[[Progress | Text], None] | None = None) -> None:
-        """listen: hears what the engine says, for the client that brought the job here; None for one of a queue."""
+    def __init__(
+        self,
+        job: Job,
+        timeout_s: float,
+        listen: Callable[[Progress | Text], None] | None = None,
+        ticket: str = "",
+    ) -> None:
+        """listen: hears what the engine says, for the client that brought the job here; None for one of a queue.
+
+        ticket: what the outcome must carry.
+        """
         self.job = job
+        self.ticket = ticket
         self.timeout_s = timeout_s
         self.listen = listen
         self.began = time.monotonic()
@@ -246,7 +257,7 @@ class Station:
             word = "released" if claim is None else claim.answer.lower()
             logger.info("job %s attempt %d is not run: %s", job.id, job.attempt, word)
             return word
-        run = Run(job, claim.timeout_s)
+        run = Run(job, claim.timeout_s, ticket=claim.ticket)
         with self._lock:
             self._runs[job.id] = run
         try:
@@ -264,7 +275,7 @@ class Station:
         """
         if self._fallen is not None or self._stop.is_set() or self.card.state is not WorkerState.READY:
             raise StationClosed
-        run = Run(Job(job_id, direct.type, 1), direct.timeout_seconds, listen)
+        run = Run(Job(job_id, direct.type, 1), direct.timeout_seconds, listen, direct.ticket)
         # Before the ledger has it, or a beat in between would call it a ghost.
         with self._lock:
             if job_id in self._runs:
@@ -331,8 +342,10 @@ class Station:
             return None
         except EngineError as error:
             return self._envelope(run, JobState.FAILED, error=JobError(error.code, error.message))
-        except Exception as error:
-            logger.exception("job %s failed inside the engine", job.id)
+        except Exception as error:  # noqa: BLE001 - one job's failure, told to its client
+            # Where, but not the error's own words: they quote what the client sent.
+            frames = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+            logger.error("job %s failed inside the engine: %s\n%s", job.id, type(error).__name__, frames)
             message = f"The engine failed with {type(error).__name__}; the worker's log has the details."
             return self._envelope(run, JobState.FAILED, error=JobError("engine_error", message))
 
@@ -374,6 +387,7 @@ class Station:
             run_s=time.monotonic() - run.began,
             result=result,
             error=error,
+            ticket=run.ticket,
         )
 
     # The beat

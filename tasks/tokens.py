@@ -7,6 +7,7 @@ no secret of the API leaves it, and a region's token is worth nothing in another
     jti   id of the job that it lets in; the ledger takes an id once, so a token is good for one job
     aud   worker id             sub   owner of the job          iat, exp   unix seconds
     type  job type              addr  address that the client calls from
+    tkt   what the job's outcome must carry (app/tickets.py)
 """
 
 from dataclasses import dataclass
@@ -33,6 +34,8 @@ class Token:
     #: Unix seconds, whole.
     issued_at: int
     expires_at: int
+    #: What the job's outcome must carry.
+    ticket: str = ""
 
     def sign(self, secret: str) -> str:
         """As the client carries it."""
@@ -44,6 +47,7 @@ class Token:
             "addr": self.address,
             "iat": self.issued_at,
             "exp": self.expires_at,
+            "tkt": self.ticket,
         }
         return jwt.encode(claims, secret, algorithm=ALGORITHM)
 
@@ -73,6 +77,7 @@ def verify(text: str, secret: str, *, worker_id: str, address: str) -> Token:
             address=str(claims["addr"]),
             issued_at=int(claims["iat"]),
             expires_at=int(claims["exp"]),
+            ticket=str(claims.get("tkt", "")),
         )
     except jwt.ExpiredSignatureError:
         raise TokenRefused("token_expired", "This token has expired; ask for the nearest worker again.") from None

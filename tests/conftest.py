@@ -159,7 +159,7 @@ def migrated_postgres(postgres: Postgres) -> str:
 def postgres_url(migrated_postgres: str) -> str:
     """The URL of a PostgreSQL database without rows, whatever the test before left in it."""
     with psycopg.connect(migrated_postgres, autocommit=True) as connection:
-        connection.execute("TRUNCATE jobs, api_keys, leadership")
+        connection.execute("TRUNCATE jobs, api_keys, leadership, audit")
     return migrated_postgres
 
 

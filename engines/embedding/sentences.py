@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from engines.catalogue import Model, Pooling, Sentence
 from engines.contract import Device, EngineLoadError
-from engines.loading import locate, pick_dtype
+from engines.loading import hub_options, locate, pick_dtype
 from engines.memory import Need, does_not_fit, free_bytes, need_of
 from engines.text.checkpoint import reason
 
@@ -98,13 +98,13 @@ def load(model: Model, device: Device) -> Checkpoint:
     source = layout.encoder
     config = _config(model, source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub_options(model))
         network, said = AutoModel.from_pretrained(
             source,
             config=config,
             dtype=getattr(torch, pick_dtype(device)),
             use_safetensors=True,
-            trust_remote_code=False,
+            **hub_options(model),
             output_loading_info=True,
             **({} if device.name == "cpu" else {"device_map": {"": device.name}}),
         )
@@ -124,7 +124,7 @@ def load(model: Model, device: Device) -> Checkpoint:
 
 def _config(model: Model, source: str) -> Any:
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(source, **hub_options(model))
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise EngineLoadError(reason(model, source, error, PARTS)) from error
     if config.model_type not in ENCODERS or getattr(config, "is_decoder", False):

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from engines.catalogue import DRAWINGS, Drawing, Model
 from engines.contract import Device, EngineLoadError
-from engines.loading import locate, pick_dtype
+from engines.loading import hub_options, locate, pick_dtype
 from engines.memory import Need, does_not_fit, free_bytes
 from engines.text.checkpoint import reason
 
@@ -100,7 +100,7 @@ def load(model: Model, device: Device) -> Loaded:
     try:
         folder = Path(source)
         if not folder.is_dir():
-            folder = Path(diffusers.DiffusionPipeline.download(source, use_safetensors=True))
+            folder = Path(diffusers.DiffusionPipeline.download(source, use_safetensors=True, **hub_options(model)))
         index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
         kind = _kind(model, index)
         drawing = model.drawing or _drawing(model, folder, kind)
@@ -108,7 +108,9 @@ def load(model: Model, device: Device) -> Loaded:
         sizes = Sizes(component_bytes(folder, index, dtype), _bytes_per_pixel(folder, dtype), drawing.side)
         free = free_bytes(device, torch.device(device.name).index or 0)
         place = choose_place(model.id, sizes, device, free, free_bytes(Device("cpu")))
-        pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        pipeline = diffusers.DiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=model.trusted
+        )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise EngineLoadError(reason(model, source, error, PARTS)) from error
     pipeline.set_progress_bar_config(disable=True)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from engines.catalogue import Model
 from engines.contract import Device, EngineLoadError
-from engines.loading import locate, pick_dtype
+from engines.loading import hub_options, locate, pick_dtype
 from engines.memory import need_of, placement
 
 #: What the folder of a language model holds.
@@ -41,11 +41,11 @@ def load(model: Model, device: Device) -> Checkpoint:
     source = locate(model)
     dtype = getattr(torch, pick_dtype(device))
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, **hub_options(model))
         where = placement(model.id, need_of(config, dtype), device)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub_options(model))
         network = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, use_safetensors=True, **where
+            source, config=config, dtype=dtype, use_safetensors=True, **hub_options(model), **where
         ).eval()
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise EngineLoadError(reason(model, source, error, PARTS)) from error

@@ -22,7 +22,7 @@ from engines.catalogue import Model
 from engines.contract import Device, EngineLoadError, InvalidInput, Report
 from engines.grouped import Grouped
 from engines.llm.slot_network import TOLERANCE
-from engines.loading import locate, pick_dtype
+from engines.loading import hub_options, locate, pick_dtype
 from engines.memory import CACHE_SHARE, LEAST_TOKENS, Need, free_bytes, need_of, placement
 from engines.text.checkpoint import end_tokens, reason
 from engines.text.thinking import THOUGHT, Spoken
@@ -164,14 +164,14 @@ class Engine:
         source = locate(self._model)
         dtype = getattr(torch, pick_dtype(self._device))
         try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(source, **hub_options(self._model))
             if config.model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
                 raise ValueError(f"It is a {config.model_type} model, which answers no questions about pictures.")
             need = need_of(config, dtype, AutoModelForImageTextToText)
             where = placement(self._model.id, need, self._device)
-            self._processor = processors.load(source)
+            self._processor = processors.load(source, **hub_options(self._model))
             network = AutoModelForImageTextToText.from_pretrained(
-                source, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=False, **where
+                source, config=config, dtype=dtype, use_safetensors=True, **hub_options(self._model), **where
             ).eval()
         except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
             raise EngineLoadError(reason(self._model, source, error, PARTS)) from error

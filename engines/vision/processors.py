@@ -11,14 +11,14 @@ from transformers.processing_utils import ProcessorMixin
 from transformers.utils import is_torchvision_available
 
 
-def load(source: str) -> Any:
-    """The processor of a folder or hub id.
+def load(source: str, **options: Any) -> Any:
+    """The processor of a folder or hub id. options: of from_pretrained().
 
     Raises OSError or ValueError if there is none that reads pictures, and whatever else from_pretrained() raises.
     """
     if not is_torchvision_available():
         _leave_out_videos()
-    processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    processor = AutoProcessor.from_pretrained(source, **options)
     # AutoProcessor falls back to a bare tokenizer.
     if not hasattr(processor, "image_processor"):
         raise ValueError("It has no image processor (preprocessor_config.json).")

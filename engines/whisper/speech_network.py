@@ -2,16 +2,18 @@
 
 Order: a local folder, packaged weights that have been prepared, the hub. The hub's safetensors and not OpenAI's own
 server, which is where `whisper.load_model("base")` would look: HF_ENDPOINT can name a mirror, and safetensors hold no
-code. A .pt file is read only where the operator put it into a local folder, and without the power to run code
-(weights_only).
+code. A .pt file is read only where the operator put it into a local folder, if OpenAI published it (by its sha256), and
+without the power to run code (weights_only).
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import whisper
 from accelerate import init_empty_weights
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -67,6 +69,10 @@ TIED = "proj_out.weight"
 WANTED_FILES = ["config.json", "model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 
 
+#: SHA-256 of OpenAI's own files, in hex, as its package states them in their addresses.
+PUBLISHED = frozenset(url.split("/")[-2] for url in whisper._MODELS.values())
+
+
 class DoesNotFit(EngineLoadError):
     """Too large for the device; it may fit into host memory."""
 
@@ -105,7 +111,7 @@ def rename(state: Mapping[str, torch.Tensor]) -> State:
 def _read(model: Model) -> tuple[ModelDimensions, State]:
     folder = Path(locate(model))
     if not folder.is_dir():
-        folder = Path(snapshot_download(model.id, allow_patterns=WANTED_FILES))
+        folder = Path(snapshot_download(model.id, revision=model.revision, allow_patterns=WANTED_FILES))
     if files := _safetensors(folder):
         config = json.loads((folder / "config.json").read_text())
         if config.get("model_type") != "whisper":
@@ -117,8 +123,20 @@ def _read(model: Model) -> tuple[ModelDimensions, State]:
     checkpoints = list(folder.glob("*.pt"))
     if len(checkpoints) != 1:
         raise FileNotFoundError(f"It has {len(checkpoints)} .pt files and no model.safetensors.")
+    _check_known(checkpoints[0])
     checkpoint = torch.load(checkpoints[0], map_location="cpu", weights_only=True, mmap=True)
     return ModelDimensions(**checkpoint["dims"]), checkpoint["model_state_dict"]
+
+
+def _check_known(checkpoint: Path) -> None:
+    """Pass a file that OpenAI published: weights_only is a fence around pickle, and fences have had holes."""
+    with checkpoint.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found not in PUBLISHED:
+        raise ValueError(
+            f"{checkpoint.name} is none of the files that OpenAI published (its sha256 is {found}), and a .pt file is "
+            "a pickle, which can run code as it is read. Convert it once, where you trust it, to model.safetensors."
+        )
 
 
 def _safetensors(folder: Path) -> list[Path]:
@@ -161,11 +179,11 @@ def _reason(model: Model, error: Exception) -> str:
     if Path(source).is_dir():
         return (
             f"{model.id} cannot be loaded from {source}: {said} The folder must hold config.json and *.safetensors of "
-            "a WhisperForConditionalGeneration, or one .pt file of openai-whisper."
+            "a WhisperForConditionalGeneration, or one .pt file that OpenAI published."
         )
     way = f", run `python -m engines.packaged {model.packaged}`" if model.packaged else ""
     return (
         f"{model.id} cannot be loaded from {constants.ENDPOINT}: {said} Set HF_ENDPOINT to a hub that this host "
         f"reaches{way}, or give the path of a local folder as the model: with the hub's config.json and "
-        "model.safetensors, or with a .pt file of openai-whisper."
+        "model.safetensors, or with a .pt file that OpenAI published."
     )

@@ -27,4 +27,7 @@ end
 for _, id in ipairs(redis.call('SMEMBERS', KEYS[3])) do
   if not named[id] then ghosts[#ghosts + 1] = id end
 end
-return {cancelled, lost, ghosts, redis.call('HEXISTS', KEYS[7], ARGV[4])}
+local drained = redis.call('HEXISTS', KEYS[7], ARGV[4])
+-- An order is dropped a long while after the last worker of its name was there.
+if drained == 1 then redis.call('HSET', KEYS[7], ARGV[4], time[1]) end
+return {cancelled, lost, ghosts, drained}

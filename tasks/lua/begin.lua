@@ -1,7 +1,11 @@
 -- A worker asks whether it may run the attempt that a message names.
 -- KEYS: job, sequence, news
 -- ARGV: id, attempt, worker, token of this delivery, most deliveries
--- Returns {answer, params, timeout in seconds}; params and timeout with RUN only
+-- Returns {answer, params, timeout in seconds, ticket}; all but the answer with RUN only
+local function run()
+  local given = redis.call('HMGET', KEYS[1], 'params', 'timeout_s', 'ticket')
+  return {'RUN', given[1], given[2], given[3] or ''}
+end
 local record = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'worker', 'token', 'cancel', 'wait')
 local state, attempt, worker, token, cancel, wait =
   record[1], record[2], record[3], record[4], record[5], record[6]
@@ -9,11 +13,12 @@ local state, attempt, worker, token, cancel, wait =
 if not state then return {'STALE'} end
 if state == 'ended' then return {'DONE'} end
 if cancel then return {'CANCELLED'} end
-if attempt ~= ARGV[2] then return {'STALE'} end
+-- One that moved on keeps its number here, so that an earlier one cannot come back; it has no place here.
+if attempt ~= ARGV[2] or state == 'moved' then return {'STALE'} end
 if state == 'running' then
   if worker == ARGV[3] and token == ARGV[4] then
     -- Our own begin, asked again because its answer was lost on the way.
-    return {'RUN', redis.call('HGET', KEYS[1], 'params'), redis.call('HGET', KEYS[1], 'timeout_s')}
+    return run()
   end
   if redis.call('EXISTS', 'lease:' .. worker) == 1 then return {'BUSY'} end
   redis.call('SREM', 'running:' .. worker, ARGV[1])
@@ -35,4 +40,4 @@ redis.call('ZADD', begun, now, ARGV[1])
 redis.call('HDEL', KEYS[1], 'progress')
 redis.call('ZREM', wait, ARGV[1])
 redis.call('SADD', 'running:' .. ARGV[3], ARGV[1])
-return {'RUN', redis.call('HGET', KEYS[1], 'params'), redis.call('HGET', KEYS[1], 'timeout_s')}
+return run()

@@ -10,7 +10,7 @@ if state == 'running' then
 elseif state ~= 'ended' then
   -- The mark stays a while, so that a slower submit cannot enter the job after its cancel.
   redis.call('HSET', KEYS[1], 'state', 'cancelled')
-  redis.call('HDEL', KEYS[1], 'params')
+  redis.call('HDEL', KEYS[1], 'params', 'ticket')
   redis.call('EXPIRE', KEYS[1], ARGV[2])
   if record[3] then redis.call('ZREM', record[3], ARGV[1]) end
 end

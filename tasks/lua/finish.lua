@@ -15,7 +15,7 @@ if record[1] and not (record[1] == 'running' and record[2] == ARGV[2] and record
   return 0
 end
 redis.call('HSET', KEYS[1], 'state', 'ended', 'attempt', ARGV[2], 'worker', ARGV[3], 'outcome', ARGV[4])
-redis.call('HDEL', KEYS[1], 'params', 'progress', 'begun')
+redis.call('HDEL', KEYS[1], 'params', 'ticket', 'progress', 'begun')
 if record[5] then redis.call('ZREM', record[5], ARGV[1]) end
 redis.call('EXPIRE', KEYS[1], ARGV[6])
 redis.call('ZADD', KEYS[3], redis.call('INCR', KEYS[2]), ARGV[1])
@@ -32,6 +32,7 @@ if ARGV[7] ~= '' then
     local mean = tonumber(redis.call('HGET', speed, 'mean_s') or '0')
     local weight = math.max(1 / n, 0.0341)
     redis.call('HSET', speed, 'mean_s', tostring(mean + weight * (tonumber(ARGV[7]) - mean)))
+    redis.call('EXPIRE', speed, 30 * 24 * 3600)
   end
 end
 return 1

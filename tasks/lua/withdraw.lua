@@ -11,7 +11,7 @@ for i = 2, #ARGV, 2 do
     if begun then redis.call('ZREM', begun, id) end
     -- Whoever still runs it hears at its next beat that it is no longer his.
     if worker then redis.call('SREM', 'running:' .. worker, id) end
-    redis.call('HDEL', job, 'params', 'worker', 'token', 'started', 'progress', 'wait', 'score', 'begun')
+    redis.call('HDEL', job, 'params', 'ticket', 'worker', 'token', 'started', 'progress', 'wait', 'score', 'begun')
     redis.call('HSET', job, 'state', 'moved', 'attempt', present)
     redis.call('EXPIRE', job, ARGV[1])
     -- Sync waiters look at the row and follow.

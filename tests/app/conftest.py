@@ -38,6 +38,7 @@ class HandWorker:
     def __init__(self, store_url: str) -> None:
         self.store = open_store(store_url, timeout_s=2)
         self.ledger = Ledger(self.store)
+        self._tickets: dict[str, str] = {}
 
     def show(self, model: str = "echo") -> None:
         """Be alive for one lease, as a worker of that language model."""
@@ -46,13 +47,25 @@ class HandWorker:
 
     def begin(self, job_id: str) -> Mapping[str, Any]:
         """Begin the job's first attempt; its params."""
-        return self.ledger.begin(Job(job_id, JobType.LLM, 1), worker_id=self.id, token=job_id).params
+        claim = self.ledger.begin(Job(job_id, JobType.LLM, 1), worker_id=self.id, token=job_id)
+        self._tickets[job_id] = claim.ticket
+        return claim.params
 
     def finish(self, job_id: str, outcome: JobState = JobState.COMPLETED, error: JobError | None = None) -> bool:
         """Hand in an outcome for the job."""
         result = RESULT if outcome is JobState.COMPLETED else None
-        envelope = Envelope(job_id, 1, self.id, REGION, outcome, run_s=0.5, result=result, error=error)
-        return self.ledger.finish(envelope, queue=QUEUE)
+        return self.ledger.finish(self.envelope(job_id, outcome, result, error), queue=QUEUE)
+
+    def envelope(
+        self,
+        job_id: str,
+        outcome: JobState = JobState.COMPLETED,
+        result: Mapping[str, Any] | None = None,
+        error: JobError | None = None,
+    ) -> Envelope:
+        """An outcome of a job that it has begun."""
+        ticket = self._tickets.get(job_id, "")
+        return Envelope(job_id, 1, self.id, REGION, outcome, run_s=0.5, result=result, error=error, ticket=ticket)
 
     def waiting(self) -> list[str]:
         """Ids of the queued jobs, next first."""

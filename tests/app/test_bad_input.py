@@ -38,6 +38,7 @@ MALFORMED = {
     "minus Infinity": b'{"priority": -Infinity}',
     "a megabyte of nesting": b"[" * 1_000_000,
     "a megabyte of nested objects": b'{"a":' * 190_000,
+    "33 lists within one another": b'{"type":"llm","params":' + b"[" * 32 + b"]" * 32 + b"}",
     "nesting inside params": b'{"type":"llm","params":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "a million digits": b'{"priority": 1' + b"0" * 900_000 + b"}",
     "not UTF-8": VALID.replace(b"hi", b"\xff\xfe"),

@@ -51,6 +51,10 @@ def embed(texts: Any, **params: Any) -> dict[str, Any]:
     return {"type": "embedding", "params": {"input": texts, **params}}
 
 
+def chat(text: str) -> dict[str, Any]:
+    return {"type": "llm", "params": {"messages": [{"role": "user", "content": text}] * 2}}
+
+
 INVALID = {
     "a picture that is no Base64": (look(image_base64="%%%%"), "params.image_base64", "Base64"),
     "a picture with line breaks": (look(image_base64=b64(picture())[:20] + "\n"), "params.image_base64", "Base64"),
@@ -81,6 +85,7 @@ INVALID = {
     "guidance of 31": (draw(guidance_scale=31), "params.guidance_scale", "30"),
     "a hundred texts of 100,000 characters": (embed(["x" * 100_000] * 100), "params.input", "65536"),
     "2 million characters in all": (embed(["x" * 65_000] * 31), "params.input", "2000000"),
+    "a conversation of 1.2 million characters": (chat("x" * 600_000), "params.messages", "1000000"),
     "no texts": (embed([]), "params.input", "At least 1"),
     "an empty text": (embed(["a", ""]), "params.input", "1 to"),
     "texts that are numbers": (embed([1, 2]), "params.input", "strings"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from app.blobs import INLINE_CHARS, Blobs
-from tasks.job import Envelope, Job, JobState
+from tasks.job import Job
 
 JOBS = "/api/v1/jobs"
 LONG = "x" * (INLINE_CHARS + 1)
@@ -53,9 +53,7 @@ def test_large_params_reach_the_worker_and_a_large_result_the_client_and_neither
     job_id = client.post(JOBS, json=ask(LONG)).json["job_id"]
     params = worker.begin(job_id)
     result = {"response": LONG, "finish_reason": "stop", "model": "echo", "usage": {}}
-    worker.ledger.finish(
-        Envelope(job_id, 1, worker.id, "asia-east", JobState.COMPLETED, run_s=1, result=result), queue="asia-east.llm"
-    )
+    worker.ledger.finish(worker.envelope(job_id, result=result), queue="asia-east.llm")
 
     shown = client.get(f"{JOBS}/{job_id}").json
 
@@ -91,8 +89,7 @@ def test_a_result_that_cannot_be_read_is_said_and_the_job_stays_completed(client
     job_id = client.post(JOBS, json=ask("hi")).json["job_id"]
     worker.begin(job_id)
     result = {"response": LONG}
-    envelope = Envelope(job_id, 1, worker.id, "asia-east", JobState.COMPLETED, run_s=1, result=result)
-    worker.ledger.finish(envelope, queue="asia-east.llm")
+    worker.ledger.finish(worker.envelope(job_id, result=result), queue="asia-east.llm")
     assert client.get(f"{JOBS}/{job_id}").status_code == 200
     shutil.rmtree(folder)
 

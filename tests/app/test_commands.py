@@ -93,3 +93,36 @@ def test_db_upgrade_makes_a_new_database_and_is_fine_twice(make_app, settings, t
     assert "db upgrade" in before.stderr
     assert [result.exit_code for result in upgrades] == [0, 0]
     assert runner.invoke(args=["keys", "list"]).exit_code == 0
+
+
+def test_a_rotated_key_and_the_one_before_it_see_the_same_jobs_until_the_old_one_ends(run, client):
+    old = run("keys", "create", "alice", "--scope", "infer", "--expires-days", "90").stdout.strip()
+    job = {"type": "llm", "params": {"messages": [{"role": "user", "content": "hi"}]}}
+    path = f"{JOBS}/{client.post(JOBS, json=job, headers={'X-API-Key': old}).json['job_id']}"
+
+    new = run("keys", "rotate", old[4:12], "--overlap-hours", "1").stdout.strip()
+
+    def looks() -> list[int]:
+        return [client.get(path, headers={"X-API-Key": key}).status_code for key in (old, new)]
+
+    assert looks() == [200, 200]
+    rows = run("keys", "list").stdout.splitlines()
+    assert [("alice" in row, "infer" in row, "until" in row) for row in rows] == [(True, True, True)] * 2
+    assert f"owner {old[4:12]}" in rows[1]
+    refused = run("keys", "rotate", new[4:12])
+    assert (refused.exit_code, f"Key {old[4:12]} of the same owner is open too" in refused.stderr) == (1, True)
+    run("keys", "revoke", old[4:12])
+    assert looks() == [401, 200]
+    third = run("keys", "rotate", new, "--overlap-hours", "0").stdout.strip()
+    assert looks() == [401, 401]
+    assert client.get(path, headers={"X-API-Key": third}).status_code == 200
+
+
+def test_a_key_that_is_not_open_is_not_rotated(run):
+    key = run("keys", "create", "alice", "--scope", "read").stdout.strip()
+    run("keys", "revoke", key[4:12])
+
+    for key_id in (key[4:12], "00000000"):
+        result = run("keys", "rotate", key_id)
+        assert (result.exit_code, f"no open key {key_id}" in result.stderr) == (1, True)
+    assert len(run("keys", "list").stdout.splitlines()) == 1

@@ -174,22 +174,32 @@ def test_only_who_may_send_jobs_gets_a_token(client, fleet, make_key):
     assert client.get(NEAREST, query_string={"job_type": "llm"}, headers=make_key("infer")).status_code == 200
 
 
-def brought(fleet, owner="local"):
+def ticket_for(app, job_id):
+    """What the token of a job for a worker in asia-east carries."""
+    return app.extensions["dispatch"].tickets.sign(job_id, 1, "asia-east")
+
+
+def brought(app, fleet, owner="local"):
     """A job that a client brought to worker w1-1, as the ledger has it."""
     job_id = str(uuid.uuid4())
-    direct = DirectJob(owner, JobType.LLM, None, None, 3, "asia-east", "asia-east", True, 30.0)
+    ticket = ticket_for(app, job_id)
+    direct = DirectJob(owner, JobType.LLM, None, None, 3, "asia-east", "asia-east", True, 30.0, ticket)
     assert fleet.ledger.enter(job_id, direct, worker_id="w1-1") is not None
     return job_id
 
 
 def test_a_direct_job_has_a_row_while_it_runs_and_one_outcome(client, app, fleet):
     fleet.show("w1")
-    reconciler, job_id = Reconciler(app.extensions["dispatch"]), brought(fleet)
+    reconciler, job_id = Reconciler(app.extensions["dispatch"]), brought(app, fleet)
 
     reconciler.tick()
     running = client.get(f"/api/v1/jobs/{job_id}").json
     fleet.ledger.finish(
-        Envelope(job_id, 1, "w1-1", "asia-east", JobState.COMPLETED, 0.5, {"response": "hi"}), queue="asia-east.llm"
+        Envelope(
+            *(job_id, 1, "w1-1", "asia-east", JobState.COMPLETED, 0.5, {"response": "hi"}),
+            ticket=ticket_for(app, job_id),
+        ),
+        queue="asia-east.llm",
     )
     reconciler.tick()
     reconciler.tick()
@@ -219,7 +229,7 @@ def test_a_row_is_made_of_a_direct_job_once_and_never_due(any_database_url):
 def test_a_direct_job_whose_worker_is_lost_fails_and_is_not_run_again(client, app, fleet):
     fleet.show("w1")
     reconciler = Reconciler(app.extensions["dispatch"])
-    lost, given_up = brought(fleet), brought(fleet)
+    lost, given_up = brought(app, fleet), brought(app, fleet)
     reconciler.tick()
 
     fleet.ledger.release(Job(given_up, JobType.LLM, 1), worker_id="w1-1")

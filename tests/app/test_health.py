@@ -5,7 +5,7 @@ import time
 from dataclasses import replace
 
 from tasks.settings import load_regions
-from tests.rig import free_port
+from tests.rig import free_port, until
 
 
 def test_health_answers_without_any_dependency(client, valkey, database_url):
@@ -21,9 +21,10 @@ def test_health_answers_without_any_dependency(client, valkey, database_url):
 
 
 def test_ready_names_every_part(client, settings):
+    # A busy machine may take longer for the first answer than a check may.
+    until(lambda: client.get("/ready").status_code == 200, 10)
     answer = client.get("/ready")
 
-    assert answer.status_code == 200
     assert answer.json == {"status": "ready", "database": "ok", "regions": dict.fromkeys(settings.regions, "ok")}
 
 

@@ -167,14 +167,13 @@ def test_what_a_move_left_behind_is_dropped_when_somebody_leads_again(place):
 def test_an_outcome_from_the_region_that_a_job_left_counts_and_nobody_runs_it_again(place):
     row = place.submit()
     ledger = place.ledger(HERE)
-    ledger.begin(Job(row.id, JobType.LLM, 1), worker_id="w", token="t")
+    claim = ledger.begin(Job(row.id, JobType.LLM, 1), worker_id="w", token="t")
     assert place.dispatch.rows.move(HERE, JobType.LLM, None, to=THERE, limit=10)
     reconciler = Reconciler(place.dispatch)
     reconciler.send_due()
     assert place.ledger(THERE).position(row.id, f"{THERE}.llm") == 1
-    ledger.finish(
-        Envelope(row.id, 1, "w", HERE, JobState.COMPLETED, 1.0, result={"response": "hi"}), queue=f"{HERE}.llm"
-    )
+    said = Envelope(row.id, 1, "w", HERE, JobState.COMPLETED, 1.0, {"response": "hi"}, ticket=claim.ticket)
+    ledger.finish(said, queue=f"{HERE}.llm")
 
     reconciler.tick()
 
@@ -211,8 +210,9 @@ def test_what_lies_in_a_region_that_a_job_left_does_not_touch_the_job(place):
 def test_two_readers_of_one_outcome_call_nothing_late(place, caplog):
     row = place.submit()
     ledger = place.ledger(HERE)
-    ledger.begin(Job(row.id, JobType.LLM, 1), worker_id="w", token="t")
-    ledger.finish(Envelope(row.id, 1, "w", HERE, JobState.COMPLETED, 1.0, result={}), queue=f"{HERE}.llm")
+    claim = ledger.begin(Job(row.id, JobType.LLM, 1), worker_id="w", token="t")
+    said = Envelope(row.id, 1, "w", HERE, JobState.COMPLETED, 1.0, result={}, ticket=claim.ticket)
+    ledger.finish(said, queue=f"{HERE}.llm")
     record = ledger.look(row.id)
     caplog.set_level("INFO")
 

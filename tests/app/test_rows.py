@@ -604,16 +604,26 @@ def test_the_most_urgent_is_due_first_and_the_oldest_of_equals(rows, database):
     assert ids(rows.due(2)) == [made[3].id, made[1].id]
 
 
-def test_postponed_jobs_come_due_later(rows, database):
-    one, other = submit(rows), submit(rows)
+def test_what_is_due_in_postponed_regions_comes_due_later(rows, database):
+    one, other = submit(rows), submit(rows, region="europe-west")
     for row in (one, other):
         rows.send_again(row.id)
 
-    rows.postpone([one.id], 30)
+    rows.postpone([one.region], 30)
 
     assert ids(rows.due(10)) == [other.id]
     age(database, one, 30, "due_at")
     assert set(ids(rows.due(10))) == {one.id, other.id}
+
+
+def test_unsent_jobs_are_live_ones_of_the_region_whose_send_is_not_proven(rows):
+    sent, _, cancelled, _ = submit(rows), submit(rows), submit(rows), submit(rows, region="europe-west")
+    rows.sent([(sent.id, sent.attempt)], epoch="e")
+    rows.cancel(cancelled.id)
+
+    assert rows.unsent("asia-east", 10) == 1
+    submit(rows)
+    assert [rows.unsent("asia-east", most) for most in (1, 2, 10)] == [1, 2, 2]
 
 
 def test_nothing_is_postponed_or_sent_by_an_empty_list(rows):

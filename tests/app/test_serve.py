@@ -1,6 +1,7 @@
 """`python -m app.serve` as an operator starts it."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -123,6 +124,17 @@ def test_a_port_in_use_is_named_with_its_variable(serve, environment):
     assert "set PORT" in errors
 
 
+def test_a_store_that_evicts_is_refused_by_the_setting_to_change(serve, valkey):
+    valkey.client().config_set("maxmemory", 100 * 1024**2, "maxmemory-policy", "volatile-lru")
+    try:
+        code, errors = _ends(serve())
+    finally:
+        valkey.client().config_set("maxmemory", 0, "maxmemory-policy", "noeviction")
+
+    assert code == 2
+    assert "maxmemory-policy noeviction" in errors
+
+
 def test_another_address_without_a_key_is_refused_with_the_ways_out(serve):
     code, errors = _ends(serve(HOST="0.0.0.0"))
 
@@ -194,12 +206,15 @@ def test_health_answers_at_once_while_every_sync_turn_is_taken(serve, url):
 
 
 def test_connections_that_send_nothing_keep_nobody_out(serve, url, environment):
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(allowed, 4000), most), most))
     _up(url, serve())
     address = ("127.0.0.1", int(environment["PORT"]))
-    silent = [socket.create_connection(address) for _ in range(300)]
+    # More than select() can watch, and than one process may open unless it asks.
+    silent = [socket.create_connection(address) for _ in range(1100)]
     for connection in silent:
         connection.sendall(b"POST /api/v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Length: 10")
 
-    assert requests.get(f"{url}/health", timeout=2).status_code == 200
+    assert requests.get(f"{url}/health", timeout=10).status_code == 200
     for connection in silent:
         connection.close()

@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import IntegrityError
 
-from app.tables import is_current, metadata, now, open_database, upgrade
+from app.tables import _alembic, is_current, metadata, now, open_database, upgrade
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -69,3 +70,19 @@ def test_a_state_that_nobody_knows_is_refused(database):
 
     with database.connect() as connection, pytest.raises(IntegrityError):
         connection.execute(text(statement))
+
+
+def test_keys_of_the_time_before_owners_go_on_owning_their_jobs(new_url):
+    config = _alembic()
+    engine = open_database(new_url)
+    with engine.connect() as connection:
+        config.attributes["connection"] = connection
+        command.upgrade(config, "0005")
+        values = "('0a1b2c3d', 'alice', 'x', 'infer', 1)"
+        connection.execute(text(f"INSERT INTO api_keys (id, name, digest, scopes, created_at) VALUES {values}"))
+
+    upgrade(new_url)
+
+    with engine.connect() as connection:
+        assert connection.execute(text("SELECT id, owner FROM api_keys")).all() == [("0a1b2c3d", "0a1b2c3d")]
+    engine.dispose()

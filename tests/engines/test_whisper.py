@@ -1,4 +1,5 @@
 import base64
+import hashlib
 import io
 import math
 import shutil
@@ -453,11 +454,17 @@ def test_the_hubs_weights_compute_here_what_transformers_computes_with_them(fold
         )
 
 
-def test_a_folder_with_openais_own_file_is_read(tiny: Engine, tmp_path: Path) -> None:
+def test_a_folder_with_openais_own_file_is_read_if_openai_published_it(
+    tiny: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = tiny._network
     torch.save({"dims": vars(network.dims), "model_state_dict": network.state_dict()}, tmp_path / "tiny.pt")
     assert whisper.load_model(str(tmp_path / "tiny.pt"), device="cpu").dims == network.dims
+    with pytest.raises(EngineLoadError, match=r"tiny\.pt is none of the files that OpenAI published"):
+        Engine(resolve(JobType.WHISPER, str(tmp_path)), CPU)
 
+    digest = hashlib.sha256((tmp_path / "tiny.pt").read_bytes()).hexdigest()
+    monkeypatch.setattr(speech_network, "PUBLISHED", {digest})
     engine = Engine(resolve(JobType.WHISPER, str(tmp_path)), CPU)
     result = hear(engine, song(4), language="en")
     engine.close()

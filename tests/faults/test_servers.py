@@ -117,6 +117,7 @@ from app.dispatch import Dispatch, Request
 from app.links import open_links
 from app.rows import Rows
 from app.tables import open_database
+from app.tickets import Tickets
 from engines.catalogue import JobType
 from tasks import settings
 
@@ -125,11 +126,12 @@ class Dies(Dispatch):
         print(row.id, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
-rows = Rows(open_database(os.environ["DATABASE_URL"]))
+engine = open_database(os.environ["DATABASE_URL"])
+rows = Rows(engine)
 params = {"messages": [{"role": "user", "content": "orphan"}], "max_tokens": 5}
 request = Request(JobType.LLM, None, None, params, 0, None, True, 60, None)
 links = open_links(settings.load_regions(os.environ))
-Dies(rows, links, "asia-east", Blobs(tempfile.gettempdir())).submit("tester", request)
+Dies(rows, links, "asia-east", Blobs(tempfile.gettempdir()), Tickets(engine)).submit("tester", request)
 """
     died = subprocess.run(
         [sys.executable, "-c", program], env=platform.environ, cwd=ROOT, stdout=subprocess.PIPE, check=False

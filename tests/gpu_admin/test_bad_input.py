@@ -80,8 +80,9 @@ def test_a_stop_of_an_unknown_model_is_not_found(client, name):
         (b"\xff\xfe", "not UTF-8"),
         (b"[" * 60_000, "nested too deeply"),
         (b'{"gpu_id": ' + b"9" * 5000 + b"}", "too many digits"),
+        (b'{"model_name": "MAM", "gpu_id": 0, "gpu_id": 1}', "two fields named 'gpu_id'"),
     ],
-    ids=["empty", "cut", "list", "text", "nan", "utf-16", "deep", "digits"],
+    ids=["empty", "cut", "list", "text", "nan", "utf-16", "deep", "digits", "twice"],
 )
 def test_a_body_that_is_no_json_object_is_refused(client, data, words):
     assert_refused(client.post(START, data=data, content_type="application/json"), 400, words)

@@ -11,7 +11,6 @@ from app.dispatch import Request
 from engines.catalogue import JobType
 from engines.schemas import RESULTS, load_params
 from tasks.job import JobState
-from tests.engines.conftest import build
 from tests.rig import ECHO, EVERY_TYPE
 
 
@@ -43,6 +42,9 @@ def submit(platform, job_type):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A language model that no catalogue knows."""
+    # Not at the top: it loads torch, which no other test of these rooms needs.
+    from tests.engines.conftest import build
+
     return build("qwen2", tmp_path_factory.mktemp("models") / "our-own")
 
 

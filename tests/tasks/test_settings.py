@@ -85,6 +85,8 @@ OTHER = {
     "gpu.device_id": ("1", 1),
     "gpu.dtype": ("float16", "float16"),
     "supported_types": ("vision,llm", (JobType.VISION, JobType.LLM)),
+    "server.allow_plaintext": ("yes", True),
+    "trust_remote_code": (f"org/model@{'a' * 40}", (f"org/model@{'a' * 40}",)),
     **{option.path: ("echo", "echo") for option in OPTIONS if option.target.startswith("models.")},
     "heartbeat_interval": ("10", 10.0),
     "poll_interval": ("0.5", 0.5),

@@ -1,4 +1,4 @@
-"""Estimated waits against what then happens, on virtual time: 2,000 jobs each, and the means of the real ledger."""
+"""Estimated waits against what then happens, on virtual time: 1,000 jobs each, and the means of the real ledger."""
 
 import heapq
 import random
@@ -17,7 +17,7 @@ from tasks.ledger import Ledger, open_store
 from tasks.routing import Load
 
 QUEUE = "asia-east.llm"
-JOBS = 2000
+JOBS = 1000
 #: Estimates count once this many jobs have run.
 WARM = 20
 
