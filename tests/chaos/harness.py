@@ -204,8 +204,9 @@ def _seconds(value: float | None) -> str:
 def main() -> int:
     """Entry of `python -m tests.chaos.harness`."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos.harness", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--jobs", type=int, default=Plan.jobs)
-    parser.add_argument("--faults", type=int, default=Plan.faults)
+    usual = Plan()
+    parser.add_argument("--jobs", type=int, default=usual.jobs)
+    parser.add_argument("--faults", type=int, default=usual.faults)
     parser.add_argument(
         "--broker",
         choices=BACKENDS,
@@ -215,9 +216,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="of jobs and faults")
     parser.add_argument("--kinds", nargs="+", choices=[*FAULTS], default=[], metavar="KIND", help=", ".join(FAULTS))
     parser.add_argument("--without", choices=[*GUARDS], help="take this guard out of the product; the run must fail")
-    parser.add_argument("--workers", type=int, default=Plan.workers)
-    parser.add_argument("--every", type=float, default=Plan.every_s, help="seconds from one fault to the next")
-    parser.add_argument("--settle", type=float, default=Plan.settle_s, help="seconds for every job to end after them")
+    parser.add_argument("--workers", type=int, default=usual.workers)
+    parser.add_argument("--every", type=float, default=usual.every_s, help="seconds from one fault to the next")
+    parser.add_argument("--settle", type=float, default=usual.settle_s, help="seconds for every job to end after them")
     parser.add_argument("--json", type=Path, help="write the report to this file too")
     parser.add_argument("--keep", type=Path, help="keep logs and evidence in this folder if an invariant is broken")
     given = parser.parse_args()

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -244,17 +244,18 @@ class Run:
 
 def read_runs(folder: Path) -> list[Run]:
     """Every run that any worker began, in order."""
-    begun: dict[tuple[str, int, int], Run] = {}
+    #: Where each stands among the runs.
+    begun: dict[tuple[str, int, int], int] = {}
     runs: list[Run] = []
     path = folder / RUNS
     lines = path.read_text().splitlines() if path.exists() else []
     for line in map(json.loads, lines):
         key = (line["job"], line["pid"], line["attempt"])
         if line["what"] == "begin":
-            begun[key] = Run(line["job"], line["pid"], line["at"], None)
-            runs.append(begun[key])
-        elif (run := begun.get(key)) is not None:
-            runs[runs.index(run)] = Run(run.job, run.pid, run.begin, line["at"])
+            begun[key] = len(runs)
+            runs.append(Run(line["job"], line["pid"], line["at"], None))
+        elif key in begun:
+            runs[begun[key]] = replace(runs[begun[key]], end=line["at"])
     return sorted(runs, key=lambda run: run.begin)
 
 
