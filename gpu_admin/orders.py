@@ -16,7 +16,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from gpu_admin import locks, whole_file
+from gpu_admin import locks, proc, whole_file
 from gpu_admin.contract import HostError, Wanted
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class Phase(StrEnum):
 def boot_id() -> str:
     """What tells this run of the host's system from the one before its last start; nothing where it does not say."""
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return proc.boot_id()
     except OSError:
         return ""
 
