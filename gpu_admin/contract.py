@@ -10,12 +10,16 @@ HostError                   status and detail: translated once, at the HTTP edge
 StartFailed                 raised by Runner.start() in the background: becomes the instance's ERROR and reason
 """
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Protocol
+
+#: What a model's name may be, the whole of it: a part of paths, of locks' names and of URLs.
+MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 
 
 class InstanceStatus(StrEnum):

@@ -1,19 +1,16 @@
 """One host, put together: its GPUs, its processes, the instances of its runners, and the audit log."""
 
 import importlib
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from gpu_admin.audit import Audit
-from gpu_admin.contract import Place, Runner
+from gpu_admin.contract import MODEL_NAME, Place, Runner
 from gpu_admin.gpus import Gpus
 from gpu_admin.instances import Instances
 from gpu_admin.processes import Processes
 from gpu_admin.settings import Section, Settings, SettingsError
-
-_MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +46,7 @@ def _runners(settings: Settings, gpus: Gpus) -> dict[str, Runner]:
         if runners[name].name != name:
             raise SettingsError(f"{name}: {section.runner} is named {runners[name].name}; name its section so.")
         for model in runners[name].models:
-            if not _MODEL_NAME.fullmatch(model):
+            if not MODEL_NAME.match(model):
                 raise SettingsError(
                     f"{name}: {model!r} is no model name: 1 to 64 letters, digits, dots, dashes and underscores, "
                     "beginning with a letter or digit."

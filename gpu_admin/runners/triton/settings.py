@@ -9,12 +9,11 @@ from typing import Any, Literal
 
 from marshmallow import ValidationError, fields, validate, validates_schema
 
-from gpu_admin.contract import BadRequest, SupportedModel
+from gpu_admin.contract import MODEL_NAME, BadRequest, SupportedModel
 from gpu_admin.settings import Strict, read_section
 
 #: Copies of one model on one GPU.
 MOST_COPIES = 64
-MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 #: The entry of model_gpu_configs for every model that has none, or not that key.
 DEFAULT = "default"
 EVERYWHERE = ("0.0.0.0", "::")  # noqa: S104 (named to be recognised)
