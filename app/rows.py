@@ -396,6 +396,7 @@ class Rows:
             jobs.c.attempt == attempt,
             attempt=max(to or 0, attempt + 1),
             losses=jobs.c.losses + int(lost),
+            sends=0,
             worker_id=None,
             run_deadline=None,
             due_at=now(),
@@ -527,11 +528,15 @@ class Rows:
     def long_unbegun(
         self, region: str, job_type: JobType, model: str | None, *, first_s: float, most_s: float, limit: int
     ) -> list[JobRow]:
-        """Queued jobs sent a while ago, oldest first; the wait grows with the square of the sends, up to most_s."""
+        """Jobs whose present attempt was sent a while ago and that no worker has begun, oldest first.
+
+        The wait grows with the square of that attempt's sends, up to most_s.
+        """
         growing = first_s * jobs.c.sends * jobs.c.sends
         query = select(*_COLUMNS).where(
             _LIVE,
-            _QUEUED,
+            # Not the public state: a later attempt waits while its job is shown as running.
+            _WAITS,
             jobs.c.region == region,
             jobs.c.type == str(job_type),
             jobs.c.model.is_not_distinct_from(model),

@@ -701,7 +701,21 @@ def test_a_sent_job_that_nobody_begins_is_looked_at_ever_more_rarely(rows, datab
         assert seems_lost(wait_s + 1)
 
 
-def test_only_queued_jobs_of_the_region_and_type_can_seem_lost_oldest_first(rows, database):
+def test_a_later_attempt_that_nobody_begins_seems_lost_as_soon_as_a_first_one(rows, database):
+    row = submit(rows)
+    for _ in range(3):
+        rows.sent([(row.id, 1)], epoch="e")
+    begin(rows, row)
+    rows.next_attempt(row.id, attempt=1)
+    rows.sent([(row.id, 2)], epoch="e")
+
+    age(database, row, 11, "sent_at")
+
+    assert rows.get(row.id).status is JobState.RUNNING
+    assert ids(rows.long_unbegun("asia-east", JobType.LLM, None, first_s=10, most_s=100, limit=10)) == [row.id]
+
+
+def test_only_waiting_jobs_of_the_region_and_type_can_seem_lost_oldest_first(rows, database):
     made = [
         submit(rows),
         submit(rows),
@@ -824,7 +838,8 @@ def full_postgres(migrated_postgres: str, postgres: Any) -> Iterator[Engine]:
         SELECT 'job-' || n, 'owner-' || n % 50, (ARRAY['llm', 'vision', 'whisper'])[1 + n / 2 % 3], '{}', n % 10,
                (ARRAY['asia-east', 'asia-south'])[1 + n / 2 % 2], true, 60,
                CASE n % 4 WHEN 0 THEN 'queued' WHEN 2 THEN 'running' ELSE 'completed' END,
-               1, 3, n, n, 1e10 + n, 1e10 + n, CASE WHEN n % 4 = 0 THEN 1e10 END, 'e', 1e9 + n, 1, false
+               1, 3, n, n, 1e10 + n, CASE WHEN n % 4 = 2 THEN 1e10 + n END,
+               CASE WHEN n % 4 = 0 THEN 1e10 END, 'e', 1e9 + n, 1, false
         FROM generate_series(1, 20000) AS n
     """
     with engine.connect() as connection:
