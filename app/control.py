@@ -42,6 +42,8 @@ COMPARE_EVERY_S = 5.0
 #: When a message may be thought lost at the earliest, and at which age the tries stop becoming rarer.
 RESEND_FIRST_S = 10.0
 RESEND_MOST_S = 900.0
+#: For so long after a store's restart its records are looked for: notes of what was sent before are written late.
+RESTARTED_S = 15.0
 
 
 class Reconciler:
@@ -54,6 +56,8 @@ class Reconciler:
         self._compared_at = float("-inf")
         #: Messages that each queue seemed to lack at the last comparison.
         self._lacking: dict[str, int] = {}
+        #: The run of each mailbox's server, and since when it is known.
+        self._servers: dict[int, tuple[str, float]] = {}
 
     def tick(self) -> None:
         """Raises SQLAlchemyError while the database is away; a region that is away is passed over."""
@@ -70,6 +74,7 @@ class Reconciler:
         self.send_due()
         if time.monotonic() - self._compared_at >= COMPARE_EVERY_S:
             self._compared_at = time.monotonic()
+            self.reenter()
             self.resend_missing()
 
     def fold_news(self, mailbox: Mailbox) -> None:
@@ -135,16 +140,50 @@ class Reconciler:
         """After a store came back empty: everything that it held is due again."""
         with mailbox.breaker:
             epoch = mailbox.ledger.epoch()
+            server = mailbox.ledger.server()
+        if server != self._servers.get(id(mailbox), ("", 0.0))[0]:
+            self._servers[id(mailbox)] = server, time.monotonic()
+            # Now, and again for a while.
+            self._compared_at = float("-inf")
         for region in regions:
             # All of them: a job that runs in the rows' eyes would else be ended for the time that has passed.
             while rows := self._rows.of_other_epochs(region, epoch, BATCH):
                 for row in rows:
-                    if row.status is JobState.RUNNING:
-                        # Whoever runs it may not know yet; the new attempt fences it.
-                        self._rows.next_attempt(row.id, attempt=row.attempt, lost=False)
-                    else:
-                        self._rows.send_again(row.id)
+                    self._enter_again(row)
                 logger.warning("the store of %s is in a new life; %d jobs are sent again", region, len(rows))
+
+    def reenter(self) -> None:
+        """After a store was restarted: what was entered last may be lost, although it came back with its files."""
+        for mailbox in mailboxes(self._dispatch.links):
+            _, since = self._servers.get(id(mailbox), ("", float("-inf")))
+            if time.monotonic() - since > RESTARTED_S:
+                continue
+            for region in (name for name, link in self._dispatch.links.items() if link.mailbox is mailbox):
+                try:
+                    self._look_for_records(region, mailbox)
+                except Down as down:
+                    logger.debug("%s", down)
+
+    def _look_for_records(self, region: str, mailbox: Mailbox) -> None:
+        with mailbox.breaker:
+            epoch = mailbox.ledger.epoch()
+        last = ""
+        while rows := self._rows.entered(region, epoch, after=last, limit=BATCH):
+            last = rows[-1].id
+            with mailbox.breaker:
+                records = mailbox.ledger.look_all([row.id for row in rows])
+            for row in rows:
+                record = records.get(row.id)
+                if record is None or record.attempt < row.attempt:
+                    logger.warning("the restarted store of %s lacks job %s; it is sent again", region, row.id)
+                    self._enter_again(row)
+
+    def _enter_again(self, row: JobRow) -> None:
+        if row.status is JobState.RUNNING:
+            # Whoever runs it may not know yet; the new attempt fences it.
+            self._rows.next_attempt(row.id, attempt=row.attempt, lost=False)
+        else:
+            self._rows.send_again(row.id)
 
     def expire(self) -> None:
         """End jobs that waited or ran for too long."""

@@ -525,6 +525,11 @@ class Rows:
         ranges = (jobs.c.store_epoch < epoch, jobs.c.store_epoch > epoch)
         return self._some(union_all(*(entered.where(other) for other in ranges)), limit)
 
+    def entered(self, region: str, epoch: str, *, after: str, limit: int) -> list[JobRow]:
+        """Live jobs that were entered into this life of the region's store, by id, from the first one after `after`."""
+        here = (_LIVE, jobs.c.region == region, jobs.c.store_epoch == epoch, jobs.c.due_at.is_(None))
+        return self._some(select(*_COLUMNS).where(*here, jobs.c.id > after).order_by(jobs.c.id), limit)
+
     def long_unbegun(
         self, region: str, job_type: JobType, model: str | None, *, first_s: float, most_s: float, limit: int
     ) -> list[JobRow]:

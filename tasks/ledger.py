@@ -352,6 +352,16 @@ class Ledger:
         self.store.set("epoch", uuid.uuid4().hex, nx=True)
         return str(self.store.get("epoch"))
 
+    def server(self) -> str:
+        """The run of the server that answers: another one after a restart, or after a replica took over.
+
+        Nothing of one that does not say.
+        """
+        try:
+            return str(cast(dict[str, object], self.store.info("server")).get("run_id", ""))
+        except redis.ResponseError:
+            return ""
+
     def renew_epoch(self, led_until: float | None) -> bool:
         """Begin another life of the store if the database is an older copy of what led here; whether it is.
 
