@@ -73,8 +73,8 @@ class Clients:
         self.wishes: list[Wish] = []
         #: Answers that no client should see, by status and path, however broken the platform is.
         self.surprises: Counter[str] = Counter()
-        #: The slowest answer to a submit that does not wait.
-        self.slowest_submit_s = 0.0
+        #: When each submit that does not wait was asked, by the monotonic clock, and how long its answer took.
+        self.submits: list[tuple[float, float]] = []
         self._due: list[tuple[float, int, Callable[[], None]]] = []
         self._number = itertools.count()
         self._turn = threading.Condition()
@@ -132,7 +132,7 @@ class Clients:
         wish.asked_at = wish.asked_at or time.monotonic()
         asked = time.monotonic()
         status, body = self._ask("POST", "", json=self._body(wish), headers={"Idempotency-Key": wish.key})
-        self.slowest_submit_s = max(self.slowest_submit_s, time.monotonic() - asked)
+        self.submits.append((asked, time.monotonic() - asked))
         if status == 202:
             self._accepted(wish, body)
         else:
