@@ -162,7 +162,7 @@ class Dispatch:
         try:
             standing = self.send(row, text)
         except Down as down:
-            if must_send and self.rows.withdraw(row.id):
+            if must_send and self.rows.withdraw(row):
                 raise Unavailable("region_unavailable", f"{down} Nothing was submitted.") from down
             logger.warning("job %s is held until its region answers: %s", row.id, down)
         return Submitted(row, replayed=False, standing=standing)

@@ -302,13 +302,19 @@ class Rows:
         return found, False
 
     def earlier(self, owner: str, idempotency_key: str, fingerprint: str | None) -> JobRow | None:
-        """The job that the owner's idempotency key made. Raises IdempotencyConflict if it had another fingerprint."""
+        """The job that the owner's idempotency key made; from now on it cannot be withdrawn.
+
+        Raises IdempotencyConflict if it had another fingerprint.
+        """
         query = select(*_COLUMNS).where(jobs.c.owner == owner, jobs.c.idempotency_key == idempotency_key)
         with self._engine.connect() as connection:
             found = connection.execute(query).first()
         row = None if found is None else _row(found)
         if row is not None and row.fingerprint != fingerprint:
             raise IdempotencyConflict
+        if row is not None and row.status is JobState.QUEUED and row.sends == 0:
+            # Whoever made it may not have sent it yet, and take it back; another client is about to be told of it.
+            return self._change(jobs.c.id == row.id, jobs.c.withdrawn.is_(False))
         return row
 
     def adopt(
@@ -453,18 +459,19 @@ class Rows:
         with self._turn, self._engine.connect() as connection:
             return [_row(changed) for changed in connection.execute(statement.returning(*_COLUMNS))]
 
-    def withdraw(self, job_id: str) -> bool:
-        """Take back a job that nobody was told of; False if it is running or has ended already."""
-        row = self._change(
-            jobs.c.id == job_id,
+    def withdraw(self, row: JobRow) -> bool:
+        """Take back a job that nobody was told of; False if it is no longer as its insert() gave it."""
+        changed = self._change(
+            jobs.c.id == row.id,
             _QUEUED,
+            jobs.c.version == row.version,
             status=str(JobState.CANCELLED),
             completed_at=now(),
             due_at=now(),
             withdrawn=True,
             idempotency_key=None,
         )
-        return row is not None
+        return changed is not None
 
     # The outbox
 

@@ -283,7 +283,7 @@ def test_a_job_that_ended_is_never_changed_again(rows, outcome):
     assert rows.cancel(row.id) is None
     assert rows.next_attempt(row.id, attempt=1) is None
     assert rows.send_again(row.id) is None
-    assert rows.withdraw(row.id) is False
+    assert rows.withdraw(row) is False
     rows.sent([(row.id, 1)], epoch="e")
     rows.told(row.id)
     rows.remove(row.id)
@@ -363,7 +363,7 @@ def test_a_key_whose_job_is_withdrawn_meanwhile_makes_a_new_job(rows, other_rows
     first = submit(rows, idempotency_key="k", fingerprint="f")
 
     def withdraw(*_: Any) -> None:
-        other_rows.withdraw(first.id)
+        other_rows.withdraw(first)
 
     with before_the_first(database, "SELECT", withdraw):
         second, new = insert(rows, idempotency_key="k", fingerprint="f")
@@ -396,7 +396,7 @@ def before_the_first(database: Engine, word: str, act: Callable[..., None]) -> I
 def test_a_withdrawn_job_is_seen_by_the_reconciler_alone_and_leaves_no_trace(rows):
     row = submit(rows, idempotency_key="k", fingerprint="f")
 
-    assert rows.withdraw(row.id) is True
+    assert rows.withdraw(row) is True
 
     assert rows.get(row.id) is None
     assert rows.page(None) == []
@@ -411,8 +411,18 @@ def test_a_withdrawn_job_is_seen_by_the_reconciler_alone_and_leaves_no_trace(row
 def test_a_job_that_runs_can_no_longer_be_withdrawn(rows):
     row = begin(rows, submit(rows))
 
-    assert rows.withdraw(row.id) is False
+    assert rows.withdraw(row) is False
     assert rows.get(row.id) == row
+
+
+def test_a_job_that_a_repeated_request_was_told_of_can_no_longer_be_withdrawn(rows, other_rows):
+    row = submit(rows, idempotency_key="k", fingerprint="f")
+
+    told, _ = insert(other_rows, idempotency_key="k", fingerprint="f")
+
+    assert told.id == row.id
+    assert rows.withdraw(row) is False
+    assert rows.get(row.id).status is JobState.QUEUED
 
 
 def test_only_a_withdrawn_job_can_be_removed(rows):
