@@ -39,9 +39,9 @@ def main() -> None:
     for _ in range(options.rounds):
         with rig() as made:
             made.start_platform(GPU_LLM_MODEL=MODEL)
-            ask(made, prompts(options)[:2], 2, 4)
-            figures[names[0]].append(ask(made, prompts(options)[:4], 1, options.tokens))
-            figures[names[1]].append(ask(made, prompts(options), options.clients, options.tokens))
+            ask(made, prompts(options.clients)[:2], 2, 4)
+            figures[names[0]].append(ask(made, prompts(options.clients)[:4], 1, options.tokens))
+            figures[names[1]].append(ask(made, prompts(options.clients), options.clients, options.tokens))
         for side in ("engine", "library"):
             figures[side].append(elsewhere(side, options))
     shown = {name: median(speeds) for name, speeds in figures.items()}
@@ -56,9 +56,9 @@ def main() -> None:
         print(f"{title:28}{shown[name]:8.1f} tokens/s{by_engine:8.2f} x engine{by_library:8.2f} x one at a time")
 
 
-def prompts(options: argparse.Namespace) -> list[str]:
-    """One question per client."""
-    return [f"{n}. Tell me a long story about {SUBJECTS[n % len(SUBJECTS)]}." for n in range(options.clients)]
+def prompts(count: int) -> list[str]:
+    """So many questions, no two alike."""
+    return [f"{n}. Tell me a long story about {SUBJECTS[n % len(SUBJECTS)]}." for n in range(count)]
 
 
 def params(prompt: str, tokens: int) -> dict[str, object]:
@@ -94,18 +94,19 @@ def engine(options: argparse.Namespace) -> float:
     """The engine that the worker holds, called from as many threads, with nothing around it."""
     from engines.catalogue import JobType
     from engines.loading import detect_device, load, resolve
+    from engines.schemas import load_params
 
     loaded = load(resolve(JobType.LLM, MODEL), detect_device())
 
     def work(prompt: str) -> int:
-        filled = {**params(prompt, options.tokens), "top_p": 1.0, "seed": None, "stop": []}
+        filled = load_params(JobType.LLM, {**params(prompt, options.tokens), "top_p": 1.0})
         answer = loaded.run(filled, lambda _: None)
         return int(answer["usage"]["completion_tokens"])
 
     with ThreadPoolExecutor(options.clients) as pool:
-        list(pool.map(work, prompts(options)[:2]))
+        list(pool.map(work, prompts(options.clients)[:2]))
         began = time.perf_counter()
-        done = sum(pool.map(work, prompts(options)))
+        done = sum(pool.map(work, prompts(options.clients)))
     return done / (time.perf_counter() - began)
 
 
@@ -128,9 +129,9 @@ def library(options: argparse.Namespace) -> float:
         return int(out.shape[1] - encoded["input_ids"].shape[1])
 
     with torch.inference_mode():
-        work(prompts(options)[0])
+        work(prompts(options.clients)[0])
         began = time.perf_counter()
-        done = sum(work(prompt) for prompt in prompts(options)[:4])
+        done = sum(work(prompt) for prompt in prompts(options.clients)[:4])
     return done / (time.perf_counter() - began)
 
 

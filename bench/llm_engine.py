@@ -12,16 +12,26 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
+from typing import Any
 
 import torch
 from transformers.utils.logging import disable_progress_bar
 
 from bench.chat import SUBJECTS
 from engines.catalogue import JobType
-from engines.contract import Report
 from engines.llm.engine import Engine
 from engines.loading import detect_device, resolve
+from engines.schemas import load_params
 from engines.text.checkpoint import load
+
+#: JSON that goes on for longer than any measurement.
+LIST = {
+    "type": "json_schema",
+    "json_schema": {
+        "name": "list",
+        "schema": {"type": "array", "items": {"type": "string", "maxLength": 20}, "minItems": 4096},
+    },
+}
 
 
 def main() -> None:
@@ -62,19 +72,19 @@ def main() -> None:
             output = network.generate(**inputs, max_new_tokens=options.tokens, do_sample=False)
         return list(tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 
-    def ours(temperature: float, report: Report = lambda _: None) -> list[str]:
-        params = {"max_tokens": options.tokens, "temperature": temperature, "top_p": 0.9, "seed": 1, "stop": []}
+    def ours(temperature: float, **more: Any) -> list[str]:
+        params = {"max_tokens": options.tokens, "temperature": temperature, "seed": 1, **more}
+        asked = [load_params(JobType.LLM, {**params, "messages": chat}) for chat in chats]
         with ThreadPoolExecutor(options.prompts) as pool:
-            return [
-                result["response"]
-                for result in pool.map(lambda chat: engine.run({**params, "messages": chat}, report), chats)
-            ]
+            return [result["response"] for result in pool.map(lambda one: engine.run(one, lambda _: None), asked)]
 
     ways: dict[str, Callable[[], list[str]]] = {
         "generate(), one at a time": one_by_one,
         "generate(), one static batch": static,
         "engine, greedy": lambda: ours(0.0),
         "engine, sampled": lambda: ours(0.7),
+        "engine, sampled, 5 logprobs": lambda: ours(0.7, logprobs=True, top_logprobs=5),
+        "engine, sampled, JSON schema": lambda: ours(0.7, response_format=LIST),
     }
     speeds: dict[str, list[float]] = {way: [] for way in ways}
     answers: dict[str, list[str]] = {}

@@ -12,9 +12,9 @@ JobInterrupted              not an error: report() raises it to stop one job
 └── JobReleased             this worker may not go on with it; another one will
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 GIB = 2**30
 #: What an engine may compute in, by torch's names.
@@ -49,9 +49,13 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Text that was added to the answer since the last report."""
+    """Text that was added to an answer since the last report."""
 
     delta: str
+    #: Which of the answers, where a job asks for several.
+    choice: int = 0
+    #: For each token of the text, as LlmResult has them; empty unless the job asks for them.
+    logprobs: Sequence[Mapping[str, Any]] = ()
 
 
 #: Called by an engine at every step of a job, from any thread; raises JobInterrupted to stop that job.
@@ -72,6 +76,15 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the device. Jobs that still run end with EngineBroken."""
+
+
+@runtime_checkable
+class Batching(Protocol):
+    """An engine that can say how many jobs it computes together."""
+
+    @property
+    def batch(self) -> int:
+        """How many that are now; any thread may ask."""
 
 
 class EngineError(Exception):
@@ -111,7 +124,10 @@ class OutOfMemory(EngineError):
 
 
 class EngineBroken(EngineError):
-    """The engine or its device is unusable until the process is started again."""
+    """The engine or its device is unusable until the process is started again.
+
+    Its message is logged and told to every job of the engine: it holds the device's or a server's words, no client's.
+    """
 
     code = "engine_broken"
 

@@ -1,5 +1,8 @@
 """Answers that repeat the question, from no weights: for measurements and tests, never a default.
 
+Asked for JSON, it gives the least that the schema allows. A whisper job's prompt is what it hears, in one segment of a
+second.
+
 A last user message, prompt, question, first text, first text input of a workflow or first BYTES element of one of
 these forms is an instruction:
 
@@ -13,8 +16,10 @@ these forms is an instruction:
 
 import base64
 import io
+import json
 import math
 import os
+import re
 import threading
 import time
 import zlib
@@ -25,6 +30,7 @@ from PIL import Image
 
 from engines.catalogue import JobType, Model
 from engines.contract import Device, EngineBroken, EngineError, OutOfMemory, Progress, Report, Text
+from engines.instance import instance
 
 #: Seconds between two reports of a sleeping job.
 BEAT_S = 0.02
@@ -44,11 +50,13 @@ class Engine:
         self._check_open()
         job_type = self._model.type
         asked = _asked(job_type, params)
-        total = params.get("max_tokens", 1)
+        total = params.get("max_tokens", 1) * params.get("n", 1)
         report(Progress(0, total, _UNITS[job_type]))
         self._obey(asked, report)
+        if job_type is JobType.LLM:
+            return {**_chat(params, asked, report), "model": self._model.id}
         answer = " ".join(asked.split()[:total])
-        if job_type in (JobType.LLM, JobType.VISION):
+        if job_type is JobType.VISION:
             report(Text(answer))
         report(Progress(len(answer.split()) if "max_tokens" in params else 1, total, _UNITS[job_type]))
         return {**_ANSWERS[job_type](params, asked, answer), "model": self._model.id}
@@ -96,7 +104,7 @@ def _asked(job_type: JobType, params: Mapping[str, Any]) -> str:
         case JobType.VISION:
             return str(params["question"] or params["task"])
         case JobType.WHISPER:
-            return ""
+            return str(params["prompt"] or "")
         case JobType.EMBEDDING:
             return str(params["input"][0])
         case JobType.COMFYUI:
@@ -109,14 +117,52 @@ def _asked(job_type: JobType, params: Mapping[str, Any]) -> str:
             assert_never(job_type)
 
 
-def _text(params: Mapping[str, Any], asked: str, answer: str) -> dict[str, Any]:
-    turns = params.get("messages") or [{"content": asked}]
-    read, written = sum(len(turn["content"].split()) for turn in turns), len(answer.split())
+def _chat(params: Mapping[str, Any], asked: str, report: Report) -> dict[str, Any]:
+    """The same answer as often as it is asked for, told word by word."""
+    form, count = params["response_format"] or {"type": "text"}, params["n"]
+    if form["type"] == "text":
+        whole = " ".join(asked.split())
+    else:
+        whole = json.dumps(instance(form["json_schema"]["schema"]) if "json_schema" in form else {})
+    words = re.findall(r"\s*\S+", whole)
+    said = words[: params["max_tokens"]]
+    logprobs = [_logprob(word, params["top_logprobs"]) for word in said] if params["logprobs"] else None
+    for number, word in enumerate(said):
+        for choice in range(count):
+            report(Text(word, choice, logprobs[number : number + 1] if logprobs else ()))
+    report(Progress(len(said) * count, params["max_tokens"] * count, _UNITS[JobType.LLM]))
+    answer, reason = "".join(said), "stop" if len(said) == len(words) else "length"
+    choices = [
+        {"index": index, "response": answer, "finish_reason": reason, "logprobs": logprobs} for index in range(count)
+    ]
+    read = sum(len(turn["content"].split()) for turn in params["messages"])
     return {
         "response": answer,
-        **({"task": params["task"]} if "task" in params else {}),
+        "finish_reason": reason,
+        "usage": _usage(read, len(said) * count),
+        **({"choices": choices} if count > 1 or params["logprobs"] else {}),
+    }
+
+
+def _logprob(word: str, top: int) -> dict[str, Any]:
+    """A word that was certain, and others that were less so."""
+    tokens = [word, *(f"{word}{number}" for number in range(1, top))]
+    tops = [
+        {"token": token, "logprob": -float(place), "bytes": list(token.encode())} for place, token in enumerate(tokens)
+    ]
+    return {**tops[0], "top_logprobs": tops[:top]}
+
+
+def _usage(read: int, written: int) -> dict[str, int]:
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
+def _look(params: Mapping[str, Any], asked: str, answer: str) -> dict[str, Any]:
+    return {
+        "response": answer,
+        "task": params["task"],
         "finish_reason": "stop" if answer == " ".join(asked.split()) else "length",
-        "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
+        "usage": _usage(len(asked.split()), len(answer.split())),
     }
 
 
@@ -142,11 +188,27 @@ def _png(width: int, height: int, seed: int) -> str:
 
 
 def _speech(params: Mapping[str, Any], asked: str, answer: str) -> dict[str, Any]:
+    words, length = asked.split(), 1.0 if asked else 0.0
+    segment = {
+        "id": 0,
+        "start": 0.0,
+        "end": length,
+        "text": " ".join(words),
+        "seek": 0,
+        "tokens": list(range(len(words))),
+        "temperature": params["temperature"],
+        "avg_logprob": 0.0,
+        "compression_ratio": 1.0,
+        "no_speech_prob": 0.0,
+    }
+    times = [(number / len(words), (number + 1) / len(words)) for number in range(len(words))]
+    spoken = [{"word": word, "start": start, "end": end} for word, (start, end) in zip(words, times, strict=True)]
     return {
-        "text": answer,
+        "text": " ".join(words),
         "language": params["language"] or "en",
-        "duration": 0.0,
-        "segments": [],
+        "duration": length,
+        "segments": [segment] if words else [],
+        **({"words": spoken} if params["word_timestamps"] else {}),
         "task": params["task"],
     }
 
@@ -189,9 +251,8 @@ _UNITS = {
     JobType.TRITON: "inference",
 }
 _ANSWERS: Mapping[JobType, Callable[[Mapping[str, Any], str, str], dict[str, Any]]] = {
-    JobType.LLM: _text,
     JobType.IMAGE_GEN: _picture,
-    JobType.VISION: _text,
+    JobType.VISION: _look,
     JobType.WHISPER: _speech,
     JobType.EMBEDDING: _vectors,
     JobType.COMFYUI: _workflow,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from engines.contract import Progress
+from engines.failure import frames
 from engines.request import Request
 from engines.thread import is_broken, is_out_of_memory
 
@@ -107,7 +108,7 @@ class Grouped(Generic[R]):
             # A lone request that has ended meanwhile leaves nobody to fail: a library may wrap Abandoned into its own.
             if is_out_of_memory(error) or is_broken(error) or len(batch) == len(left) == 1:
                 raise
-            logger.exception("a pass over %d jobs failed; each that is left is tried alone", len(batch))
+            logger.error("a pass over %d jobs failed; each that is left is tried alone: %s", len(batch), frames(error))
             for request in left:
                 request.alone = True
             waiting.extendleft(reversed(left))

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import psutil
+
 from engines import catalogue, packaged
 from engines.catalogue import PINNED, JobType, Model, UnknownModel
 from engines.contract import DTYPES, GIB, Device, Engine, EngineLoadError
@@ -115,6 +117,16 @@ def describe(device: Device) -> tuple[str | None, float | None]:
 
     properties = torch.cuda.get_device_properties(device.name)
     return properties.name, round(properties.total_memory / GIB, 1)
+
+
+def memory_used(device: Device) -> tuple[float, float | None]:
+    """GiB that this process holds for its engines, and that everybody uses of the GPU; the latter None for the CPU."""
+    if device.name == "cpu":
+        return psutil.Process().memory_info().rss / GIB, None
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device.name)
+    return torch.cuda.memory_reserved(device.name) / GIB, (total - free) / GIB
 
 
 def check_kernels(card: str, capability: tuple[int, int], architectures: list[str]) -> None:

@@ -5,6 +5,7 @@ import threading
 from typing import Any
 
 from engines.contract import JobInterrupted, Progress, Report, Text
+from engines.failure import frames
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +45,8 @@ class Request:
             self._report(event)
         except JobInterrupted as interruption:
             self.end(interruption)
-        except Exception as error:
-            logger.exception("a job failed while its progress was reported")
+        except Exception as error:  # noqa: BLE001 - logged without its own words
+            logger.error("a job failed while its progress was reported: %s", frames(error))
             self.end(error)
 
     def poll(self) -> None:

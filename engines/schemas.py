@@ -7,66 +7,18 @@ they should be. What depends on the model (its own steps, its context) is left n
 from collections.abc import Mapping
 from typing import Any
 
-from marshmallow import RAISE, Schema, ValidationError, fields, validate, validates_schema
+from marshmallow import RAISE, Schema, ValidationError, fields, missing, validate, validates_schema
 
 from engines import media
 from engines.catalogue import JobType
 from engines.comfyui.schemas import ComfyuiParams, ComfyuiResult
 from engines.fields import File, Int, Number, StringOrList, Text, Truth
 from engines.languages import LANGUAGES
+from engines.llm.schemas import LlmParams, LlmResult, Usage
 from engines.triton.schemas import TritonParams, TritonResult
 
 #: Largest seed: JSON numbers are exact up to here in every client's language.
 MOST_SEED = 2**53 - 1
-#: Of a conversation; no model of the catalogue reads more tokens than about a tenth of it.
-MOST_CHARACTERS = 1_000_000
-
-
-class Message(Schema):
-    """One turn of a conversation."""
-
-    class Meta:
-        unknown = RAISE
-
-    role = fields.String(required=True, validate=validate.OneOf(["system", "user", "assistant"]))
-    content = Text(required=True, validate=validate.Length(min=1))
-
-
-class LlmParams(Schema):
-    """What a text generation takes."""
-
-    class Meta:
-        unknown = RAISE
-
-    messages = fields.List(fields.Nested(Message), required=True, validate=validate.Length(min=1, max=1024))
-    max_tokens = Int(load_default=2048, validate=validate.Range(min=1, max=131_072))
-    temperature = Number(load_default=0.7, validate=validate.Range(min=0, max=2))
-    top_p = Number(load_default=0.9, validate=validate.Range(min=0, min_inclusive=False, max=1))
-    seed = Int(load_default=None, allow_none=True, validate=validate.Range(min=0, max=2**63 - 1))
-    stop = StringOrList(load_default=list, most=4, longest=256)
-
-    @validates_schema
-    def _length(self, data: Mapping[str, Any], **_: Any) -> None:
-        if sum(len(message["content"]) for message in data["messages"]) > MOST_CHARACTERS:
-            raise ValidationError(f"At most {MOST_CHARACTERS} characters in all.", "messages")
-
-
-class Usage(Schema):
-    """Tokens of one answer."""
-
-    prompt_tokens = fields.Integer(required=True)
-    completion_tokens = fields.Integer(required=True)
-    total_tokens = fields.Integer(required=True)
-
-
-class LlmResult(Schema):
-    """What a text generation gives."""
-
-    response = fields.String(required=True)
-    finish_reason = fields.String(required=True, validate=validate.OneOf(["stop", "length"]))
-    model = fields.String(required=True)
-    usage = fields.Nested(Usage, required=True)
-    warnings = fields.List(fields.String())
 
 
 _side = {"load_default": None, "allow_none": True}
@@ -122,6 +74,13 @@ class VisionParams(Schema):
     task = fields.String(load_default="image_qa", validate=validate.OneOf(VISION_TASKS))
     question = Text(load_default=None, allow_none=True, validate=validate.Length(min=1, max=8000))
     max_tokens = Int(load_default=1024, validate=validate.Range(min=1, max=131_072))
+    temperature = Number(
+        load_default=0,
+        validate=validate.Range(min=0, max=2),
+        metadata={"description": "0 takes the most probable token at each step."},
+    )
+    top_p = Number(load_default=1, validate=validate.Range(min=0, min_inclusive=False, max=1))
+    seed = Int(load_default=None, allow_none=True, validate=validate.Range(min=0, max=2**63 - 1))
 
     @validates_schema
     def _question(self, data: Mapping[str, Any], **_: Any) -> None:
@@ -159,15 +118,45 @@ class WhisperParams(Schema):
     audio_base64 = File(media.sound_kind, media.MOST_SOUND_BYTES, required=True)
     language = Language(load_default=None, allow_none=True)
     task = fields.String(load_default="transcribe", validate=validate.OneOf(["transcribe", "translate"]))
+    prompt = Text(
+        load_default=None,
+        allow_none=True,
+        validate=validate.Length(min=1, max=8000),
+        metadata={"description": "What was said before, or names and words to spell so; its last 223 tokens are read."},
+    )
+    temperature = Number(
+        load_default=0,
+        validate=validate.Range(min=0, max=1),
+        metadata={"description": "Where sampling begins; text that is improbable is sampled again 0.2 higher, to 1."},
+    )
+    word_timestamps = Truth(load_default=False, metadata={"description": "Tell when each word was said."})
 
 
 class Segment(Schema):
-    """A stretch of speech; times in seconds from the beginning."""
+    """A stretch of speech; times in seconds from the beginning.
+
+    Of the window of 30 s that it was heard in: `seek` (where it begins, in hundredths of a second), temperature,
+    avg_logprob (mean log probability of its tokens), compression_ratio and no_speech_prob.
+    """
 
     id = fields.Integer(required=True)
     start = fields.Float(required=True)
     end = fields.Float(required=True)
     text = fields.String(required=True)
+    seek = fields.Integer()
+    tokens = fields.List(fields.Integer())
+    temperature = fields.Float()
+    avg_logprob = fields.Float()
+    compression_ratio = fields.Float()
+    no_speech_prob = fields.Float()
+
+
+class Word(Schema):
+    """A word, with the punctuation beside it; times in seconds from the beginning."""
+
+    word = fields.String(required=True)
+    start = fields.Float(required=True)
+    end = fields.Float(required=True)
 
 
 class WhisperResult(Schema):
@@ -177,6 +166,7 @@ class WhisperResult(Schema):
     language = fields.String(required=True)
     duration = fields.Float(required=True)
     segments = fields.List(fields.Nested(Segment), required=True)
+    words = fields.List(fields.Nested(Word), metadata={"description": "Only where the job asks for word_timestamps."})
     task = fields.String(required=True)
     model = fields.String(required=True)
     warnings = fields.List(fields.String())
@@ -243,6 +233,16 @@ RESULTS: Mapping[JobType, Schema] = {
     JobType.COMFYUI: ComfyuiResult(),
     JobType.TRITON: TritonResult(),
 }
+
+
+def with_defaults(job_type: JobType, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Params that were validated before, by a release that may have known fewer of them."""
+    known = PARAMS[job_type].fields.items()
+    lacking = {name: field.load_default for name, field in known if name not in params}
+    return {
+        **{name: value() if callable(value) else value for name, value in lacking.items() if value is not missing},
+        **params,
+    }
 
 
 def load_params(job_type: JobType, params: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 from engines.contract import GIB, Device, EngineBroken, EngineError, OutOfMemory
+from engines.failure import frames
 from engines.memory import free_bytes
 from engines.request import Request
 
@@ -65,6 +66,7 @@ class EngineThread(Generic[R]):
         """
         self._name = name
         self._device = device
+        self._way: Way[R] | None = None
         #: To be computed, in their order; the engine thread's own.
         self._waiting: deque[R] = deque()
         # What job threads and the engine thread share, under the condition's lock.
@@ -79,15 +81,26 @@ class EngineThread(Generic[R]):
 
     def submit(self, request: R) -> R:
         """Wait until the request has ended; the request. Raises what ended it, if that was no result."""
-        with self._news:
-            if self._broken:
-                raise EngineBroken(self._broken)
-            self._inbox.append(request)
-            self._news.notify()
-        request.ended.wait()
+        self.submit_all([request])
         if request.error:
             raise request.error
         return request
+
+    def submit_all(self, requests: Sequence[R]) -> None:
+        """Wait until all of them have ended, however that was. Raises EngineBroken if none could begin."""
+        with self._news:
+            if self._broken:
+                raise EngineBroken(self._broken)
+            self._inbox.extend(requests)
+            self._news.notify()
+        for request in requests:
+            request.ended.wait()
+
+    @property
+    def batch(self) -> int:
+        """How many requests are being computed together now; any thread may ask."""
+        way = self._way
+        return 0 if way is None else len(way.rows)
 
     def close(self) -> None:
         """Free the device. What still waits or is computed ends with EngineBroken."""
@@ -105,15 +118,17 @@ class EngineThread(Generic[R]):
             except BaseException as error:  # noqa: BLE001 - the constructor raises it
                 ready.set_exception(error)
                 return
+            self._way = way
             ready.set_result(None)
             try:
                 self._serve(way)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - logged without its own words
                 # A dead device fails even the clearing up after a failure.
-                logger.exception("the engine thread of %s ends", self._name)
-                self._broken = verdict(error).message
+                logger.error("the engine thread of %s ends: %s", self._name, frames(error))
+                self._broken = verdict(error, alone=False).message
             finally:
                 self._end(way)
+                self._way = None
         del way
         # Closed, not broken: a dead device cannot even do that.
         if self._closing:
@@ -126,12 +141,12 @@ class EngineThread(Generic[R]):
             try:
                 if self._waiting or way.rows:
                     way.turn(self._waiting)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - logged without its own words
                 if isinstance(error, NoRoom) or is_out_of_memory(error):
                     short = " ".join(str(error).split())[:300]
                 else:
-                    logger.exception("a step of %s failed", self._name)
-                    failure = verdict(error)
+                    logger.error("a step of %s failed: %s", self._name, frames(error))
+                    failure = verdict(error, alone=len(_unended(way.stepping)) == 1)
             # Only out here: as long as the error's traceback lives, so do the tensors of its frames (pytorch#18853).
             if short is not None:
                 self._make_room(way, short)
@@ -175,7 +190,7 @@ class EngineThread(Generic[R]):
 
     def _fail(self, way: Way[R], failure: EngineError) -> None:
         """End the requests of the step that failed, or the engine if that is broken or the failure is nobody's."""
-        failed = [request for request in way.stepping if not request.ended.is_set()]
+        failed = _unended(way.stepping)
         for request in failed:
             request.end(type(failure)(failure.message, code=failure.code))
         way.reap()
@@ -192,6 +207,10 @@ class EngineThread(Generic[R]):
             request.end(EngineBroken(self._broken))
 
 
+def _unended(requests: Sequence[R]) -> list[R]:
+    return [request for request in requests if not request.ended.is_set()]
+
+
 def empty_cache(device: Device) -> None:
     """Give back the memory of tensors that nobody holds any more."""
     gc.collect()
@@ -201,19 +220,30 @@ def empty_cache(device: Device) -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether a device or the host had no memory left."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(text in str(error) for text in _NO_MEMORY)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    # torch raises no other kind for them; words of other errors may be a client's.
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def is_broken(error: Exception) -> bool:
     """Whether the device answers every later call with the same error: a CUDA context does until its process ends."""
-    return isinstance(error, torch.AcceleratorError | EngineBroken) or "CUDA error" in str(error)
+    if isinstance(error, torch.AcceleratorError | EngineBroken):
+        return True
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
 
 
-def verdict(error: Exception) -> EngineError:
-    """What a failed step means for its jobs. Keeps the text alone: the error's frames hold tensors."""
+def verdict(error: Exception, *, alone: bool) -> EngineError:
+    """What a failed step means for its jobs. Keeps the text alone: the error's frames hold tensors.
+
+    alone: one job alone is told. Libraries quote what they choked on, and that is for nobody but its own client.
+    """
     if isinstance(error, EngineError):
         return type(error)(error.message, code=error.code)
-    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    if is_broken(error):
+    broken = is_broken(error)
+    text = type(error).__name__
+    if alone or broken:
+        text = f"{text}: {' '.join(str(error).split())[:300]}"
+    if broken:
         return EngineBroken(f"The GPU is unusable until the worker is started again. {text}")
     return EngineError(f"A step of the model failed. {text}")

@@ -228,6 +228,11 @@ class Engine:
             result["warnings"] = [words]
         return result
 
+    @property
+    def batch(self) -> int:
+        """How many jobs are being computed together now."""
+        return self._thread.batch
+
     def close(self) -> None:
         """Free the device. Jobs that still run end with EngineBroken."""
         self._thread.close()

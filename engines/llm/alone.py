@@ -5,19 +5,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from engines.contract import EngineError
+from engines.text.drawing import Draw
 from engines.text.row import Row
-from engines.text.sampling import choose
 
 
 class Alone:
     """The same as Batched, slower: a turn answers one row from beginning to end. Used by the engine thread alone."""
 
-    def __init__(self, network: Any, between_steps: Callable[[], bool]) -> None:
+    def __init__(self, network: Any, penalty: float, between_steps: Callable[[], bool]) -> None:
         """network: a transformers causal language model.
 
+        penalty: the model's repetition penalty, 1 for none.
         between_steps: looks after the rows that wait meanwhile;
         false when the engine is to end.
         """
@@ -25,6 +25,7 @@ class Alone:
         #: The row that is being computed right now: if generate() raises, this one has failed.
         self.stepping: Sequence[Row] = ()
         self._network = network
+        self._penalty = penalty
         self._between_steps = between_steps
 
     def turn(self, waiting: deque[Row]) -> None:
@@ -37,7 +38,8 @@ class Alone:
             attention_mask=torch.ones(1, len(row.ids), dtype=torch.long, device=self._network.device),
             max_new_tokens=row.max_tokens,
             do_sample=False,
-            logits_processor=LogitsProcessorList([_Draw(row)]),
+            repetition_penalty=1.0,
+            logits_processor=LogitsProcessorList([Draw(self.rows, self._penalty)]),
             stopping_criteria=StoppingCriteriaList([_Accept(row, self._between_steps)]),
         )
         self.reap()
@@ -49,22 +51,6 @@ class Alone:
     def reap(self) -> None:
         """Take out the row if it has ended."""
         self.rows = [row for row in self.rows if not row.ended.is_set()]
-
-
-class _Draw(LogitsProcessor):  # type: ignore[misc]
-    """Leaves one token possible: the one that the row's own sampler draws."""
-
-    def __init__(self, row: Row) -> None:
-        self._row = row
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        (token,) = choose(scores.float(), [self._row.sampler])
-        if token is None:
-            self._row.end(EngineError("The model computed no numbers (NaN or infinity) for this prompt."))
-            token = 0
-        only = torch.full_like(scores, -torch.inf)
-        only[:, token] = 0
-        return only
 
 
 class _Accept(StoppingCriteria):  # type: ignore[misc]

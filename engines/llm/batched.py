@@ -6,10 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from engines.contract import EngineError
 from engines.llm.slot_network import SlotNetwork
+from engines.text.drawing import draw
 from engines.text.row import Row
-from engines.text.sampling import choose, penalise
 
 
 class Batched:
@@ -129,12 +128,9 @@ class Batched:
 
     def _accept(self, rows: list[Row], logits: torch.Tensor) -> None:
         """Give each row its next token, drawn from its logits, shape (rows, vocabulary)."""
-        if self._penalty != 1:
-            penalise(logits, [row.ids for row in rows], self._penalty)
-        for row, token in zip(rows, choose(logits, [row.sampler for row in rows]), strict=True):
+        for row, token in zip(rows, draw(rows, logits, self._penalty), strict=True):
             if token is None:
                 self._cache.clear(self.rows.index(row))
-                row.end(EngineError("The model computed no numbers (NaN or infinity) for this prompt."))
             else:
                 row.accept(token)
         self.reap()

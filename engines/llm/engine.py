@@ -15,13 +15,17 @@ from engines.catalogue import Model
 from engines.contract import GIB, Device, InvalidInput, Report
 from engines.llm.alone import Alone
 from engines.llm.batched import Batched
+from engines.llm.choices import Choices
 from engines.llm.slot_cache import BLOCK
 from engines.llm.slot_network import TOLERANCE, SlotNetwork, is_plain, probe
 from engines.memory import CACHE_SHARE, free_bytes
 from engines.text.answer import Answer
 from engines.text.checkpoint import load
+from engines.text.grammar import Grammars
+from engines.text.logprobs import Logprobs
 from engines.text.row import Row
 from engines.text.sampling import Sampler
+from engines.text.vocabulary import Vocabulary
 from engines.thread import EngineThread, Way
 
 logger = logging.getLogger(__name__)
@@ -50,6 +54,8 @@ class Engine:
         self._device = device
         self._tokenizer: Any
         self._end_tokens: Collection[int]
+        self._vocabulary: Vocabulary
+        self._grammars: Grammars
         self._tokenizing = threading.Lock()
         self._thread: EngineThread[Row] = EngineThread(model.id, device, self._load)
 
@@ -63,29 +69,41 @@ class Engine:
                 "answer together (max_tokens is cut to what is left). Shorten the messages.",
                 code="prompt_too_long",
             )
-        row = Row(
-            prompt,
-            min(params["max_tokens"], room),
-            Sampler(params["temperature"], params["top_p"], params["seed"]),
-            Answer(self._tokenizer.backend_tokenizer, params["stop"]),
-            self._end_tokens,
-            report,
-        )
-        self._thread.submit(row)
-        return {
-            "response": row.answer.text,
-            "finish_reason": row.finish_reason,
-            "model": self._model.id,
-            "usage": {
-                "prompt_tokens": row.prompt_tokens,
-                "completion_tokens": row.completion_tokens,
-                "total_tokens": len(row.ids),
-            },
-        }
+        max_tokens = min(params["max_tokens"], room)
+        choices = Choices(params["n"], max_tokens, report)
+        choices.rows = [
+            self._row(prompt, max_tokens, params, number, choices.report_of(number)) for number in range(params["n"])
+        ]
+        self._thread.submit_all(choices.rows)
+        return {**choices.result(), "model": self._model.id}
+
+    @property
+    def batch(self) -> int:
+        """How many jobs are being computed together now."""
+        return self._thread.batch
 
     def close(self) -> None:
         """Free the device. Jobs that still run end with EngineBroken."""
         self._thread.close()
+
+    def _row(
+        self, prompt: Sequence[int], max_tokens: int, params: Mapping[str, Any], number: int, report: Report
+    ) -> Row:
+        """The row of one of the job's answers."""
+        form = params["response_format"] or {"type": "text"}
+        answer = Answer(self._tokenizer.backend_tokenizer, params["stop"])
+        return Row(
+            prompt,
+            max_tokens,
+            Sampler(
+                params["temperature"], params["top_p"], None if params["seed"] is None else params["seed"] + number
+            ),
+            answer,
+            self._end_tokens,
+            report,
+            grammar=None if form["type"] == "text" else self._grammars.grammar(form),
+            logprobs=Logprobs(self._vocabulary, answer, params["top_logprobs"]) if params["logprobs"] else None,
+        )
 
     def _tokenize(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         # One at a time: a tokenizer that another thread uses raises "Already borrowed".
@@ -108,11 +126,14 @@ class Engine:
         checkpoint = load(self._model, self._device)
         network = checkpoint.network
         self._tokenizer, self._end_tokens = checkpoint.tokenizer, checkpoint.end_tokens
+        self._vocabulary = Vocabulary(self._model.id, self._tokenizer, self._end_tokens)
+        self._grammars = Grammars(self._vocabulary)
+        penalty = network.generation_config.repetition_penalty or 1.0
         longest = getattr(network.config.get_text_config(), "max_position_embeddings", None) or UNKNOWN_CONTEXT
         slots = self._on_slots(network)
         if slots is None:
             self.slots, self.context = 1, longest
-            return Alone(network, between_steps)
+            return Alone(network, penalty, between_steps)
         cache = slots.cache
         free = free_bytes(self._device, loaded=network.get_memory_footprint())
         tokens = int(free * CACHE_SHARE[network.device.type] / cache.bytes_per_token)
@@ -128,7 +149,6 @@ class Engine:
             self.context,
             cache.budget_tokens * cache.bytes_per_token / GIB,
         )
-        penalty = network.generation_config.repetition_penalty or 1.0
         return Batched(slots, penalty, READ_TOKENS[network.device.type])
 
     def _on_slots(self, network: Any) -> SlotNetwork | None:

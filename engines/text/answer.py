@@ -18,6 +18,7 @@ class Answer:
         self.text = ""
         #: A stop string was found: nothing more is added.
         self.stopped = False
+        self._cut = ""
         self._tokenizer = tokenizer
         self._stops = stops
         self._tokens: list[int] = []
@@ -43,13 +44,18 @@ class Answer:
                 self._extend(whole[len(self.text) :])
         return self._show(len(self.text))
 
+    @property
+    def unshown(self) -> str:
+        """What the tokens say behind the text that was shown: held back for now, or cut off with a stop string."""
+        return self.text[self._shown :] + self._cut
+
     def _extend(self, piece: str) -> None:
         longest = max(map(len, self._stops), default=1)
         start = max(0, len(self.text) - longest + 1)
         self.text += piece
         found = [at for stop in self._stops if (at := self.text.find(stop, start)) >= 0]
         if found:
-            self.text = self.text[: min(found)]
+            self.text, self._cut = self.text[: min(found)], self.text[min(found) :]
             self.stopped = True
 
     def _held(self) -> int:

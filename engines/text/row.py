@@ -5,6 +5,8 @@ from collections.abc import Collection
 from engines.contract import Progress, Report, Text
 from engines.request import Request
 from engines.text.answer import Answer
+from engines.text.grammar import Grammar
+from engines.text.logprobs import Logprobs
 from engines.text.sampling import Sampler
 from engines.text.thinking import Spoken
 
@@ -22,7 +24,11 @@ class Row(Request):
         answer: Answer | Spoken,
         end_tokens: Collection[int],
         report: Report,
+        *,
+        grammar: Grammar | None = None,
+        logprobs: Logprobs | None = None,
     ) -> None:
+        """grammar: what the answer is kept to. logprobs: told with each text, if they are asked for."""
         super().__init__(report)
         #: Prompt and answer so far.
         self.ids = list(prompt)
@@ -32,6 +38,8 @@ class Row(Request):
         self.joined = 0
         self.sampler = sampler
         self.answer = answer
+        self.grammar = grammar
+        self.logprobs = logprobs
         self.prompt_tokens = len(self.ids)
         self.max_tokens = max_tokens
         #: "stop" or "length", once the answer is complete.
@@ -60,9 +68,14 @@ class Row(Request):
         self.ids.append(token)
         if token in self._end_tokens:
             self.finish_reason = "stop"
+            if self.logprobs:
+                self.logprobs.drop()
+        elif self.grammar:
+            self.grammar.take(token)
         piece = self._read(token)
-        if piece:
-            self.tell(Text(piece))
+        shown = self.logprobs.show() if self.logprobs and (piece or self.finish_reason) else ()
+        if piece or shown:
+            self.tell(Text(piece, logprobs=shown))
 
     def poll(self) -> None:
         """Tell how far it is, and so let report() stop it."""
@@ -71,7 +84,7 @@ class Row(Request):
     def _read(self, token: int) -> str:
         """The new text that a token gives; sets finish_reason where the text or the length ends the answer."""
         piece = "" if self.finish_reason else self.answer.add(token)
-        if self.answer.stopped:
+        if self.answer.stopped or (self.grammar and self.grammar.complete):
             self.finish_reason = "stop"
         elif not self.finish_reason and self.completion_tokens >= self.max_tokens:
             self.finish_reason = "length"

@@ -79,5 +79,7 @@ def _pick(sums: torch.Tensor, tokens: torch.Tensor, top_p: float, uniform: float
     if top_p < 1:
         last = min(int(torch.searchsorted(sums, top_p)), len(sums) - 1)
         total = float(sums[last])
-    index = min(int(torch.searchsorted(sums, uniform * total, right=True)), len(sums) - 1)
+    # Behind the last possible token stand those that a grammar rules out; rounding must not lead there.
+    possible = int(torch.searchsorted(sums, float(sums[-1])))
+    index = min(int(torch.searchsorted(sums, uniform * total, right=True)), possible)
     return int(tokens[index])

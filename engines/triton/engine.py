@@ -162,7 +162,8 @@ class Engine:
         if code is not grpc.StatusCode.UNAVAILABLE:
             raise _verdict(code, words)
         if not self._lives():
-            raise EngineBroken(f"The Triton server at {self._target} went away: {words}.")
+            # Without its words: the server's last ones may name what the client asked for.
+            raise EngineBroken(f"The Triton server at {self._target} went away.")
         # It lives: its model's queue is full, or it was started again meanwhile. An inference can be made twice.
         if tries >= MOST_TRIES and _QUEUE_FULL not in words:
             raise EngineError(f"Triton cannot take the inference now: {words}.", code="triton_unavailable")

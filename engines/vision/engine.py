@@ -25,6 +25,7 @@ from engines.llm.slot_network import TOLERANCE
 from engines.loading import hub_options, locate, pick_dtype
 from engines.memory import CACHE_SHARE, LEAST_TOKENS, Need, free_bytes, need_of, placement
 from engines.text.checkpoint import end_tokens, reason
+from engines.text.sampling import Sampler
 from engines.text.thinking import THOUGHT, Spoken
 from engines.thread import EngineThread, Way, is_broken
 from engines.vision import picture, processors
@@ -52,6 +53,7 @@ UNKNOWN_CONTEXT = 4096
 #: Two pictures whose shapes and colours differ, each with a question; what both are made to answer.
 PROBE_QUESTIONS = (((96, 64), (200, 40, 90), "What is this?"), ((56, 168), (10, 160, 60), "Is it red, blue or green?"))
 PROBE_ANSWER = "A blue box"
+GREEDY = Sampler(temperature=0.0, top_p=1.0, seed=None)
 
 
 class Engine:
@@ -82,7 +84,8 @@ class Engine:
             seen = picture.read(base64.b64decode(params["image_base64"]))
             warnings = [*seen.warnings, *self._reduced(seen)]
             inputs = self._prepare(seen.image, asked)
-        question = self._question(inputs, seen.sent_size, params["max_tokens"], report)
+        sampler = Sampler(params["temperature"], params["top_p"], params["seed"])
+        question = self._question(inputs, seen.sent_size, params["max_tokens"], sampler, report)
         self._thread.submit(question)
         warnings += _unsaid(question)
         return {
@@ -97,6 +100,11 @@ class Engine:
             },
             **({"warnings": warnings} if warnings else {}),
         }
+
+    @property
+    def batch(self) -> int:
+        """How many jobs are being computed together now."""
+        return self._thread.batch
 
     def close(self) -> None:
         """Free the device. Jobs that still run end with EngineBroken."""
@@ -126,7 +134,12 @@ class Engine:
         return inputs
 
     def _question(
-        self, inputs: Mapping[str, torch.Tensor], size: tuple[int, int], max_tokens: int, report: Report
+        self,
+        inputs: Mapping[str, torch.Tensor],
+        size: tuple[int, int],
+        max_tokens: int,
+        sampler: Sampler,
+        report: Report,
     ) -> Question:
         length = inputs["input_ids"].shape[1]
         room = self.context - length
@@ -139,7 +152,7 @@ class Engine:
                 code="prompt_too_long",
             )
         answer = Spoken(self._processor.tokenizer.backend_tokenizer, self._opened)
-        return Question(inputs, size, min(max_tokens, room), answer, self._end_tokens, report)
+        return Question(inputs, size, min(max_tokens, room), answer, self._end_tokens, sampler, report)
 
     def _reduced(self, seen: Picture) -> list[str]:
         """A warning if the model would have seen more of a picture that was not reduced."""
@@ -224,7 +237,7 @@ class Engine:
     def _share_passes(self, viewer: Viewer, network: Any) -> None:
         """Let questions share passes if the model then computes what it computes alone."""
         questions = [
-            self._question(self._prepare(_pattern(size, colour), asked), size, 1024, lambda _: None)
+            self._question(self._prepare(_pattern(size, colour), asked), size, 1024, GREEDY, lambda _: None)
             for size, colour, asked in PROBE_QUESTIONS
         ]
         answer = self._processor.tokenizer.encode(PROBE_ANSWER, add_special_tokens=False)

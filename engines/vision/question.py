@@ -23,11 +23,11 @@ class Question(Row):
         max_tokens: int,
         answer: Spoken,
         end_tokens: Collection[int],
+        sampler: Sampler,
         report: Report,
     ) -> None:
         """inputs: what the processor made of the question and its picture. picture_size: width and height in pixels."""
-        greedy = Sampler(temperature=0.0, top_p=1.0, seed=None)
-        super().__init__(inputs["input_ids"][0].tolist(), max_tokens, greedy, answer, end_tokens, report)
+        super().__init__(inputs["input_ids"][0].tolist(), max_tokens, sampler, answer, end_tokens, report)
         self.inputs = inputs
         self.picture_size = picture_size
 

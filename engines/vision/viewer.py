@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from engines.contract import EngineError
 from engines.grouped import Step
+from engines.text.drawing import Draw
 from engines.vision.processors import collate
 from engines.vision.question import Question
 
@@ -19,7 +19,7 @@ _UNSET = ("temperature", "top_p", "top_k", "min_p", "typical_p", "epsilon_cutoff
 
 
 class Viewer:
-    """Greedy answers by transformers' generate(), whose rows begin together and end one by one.
+    """Answers by transformers' generate(), whose rows begin together and end one by one.
 
     Used by the engine thread alone.
     """
@@ -27,7 +27,9 @@ class Viewer:
     unit = "token"
 
     def __init__(self, network: Any, end_tokens: Sequence[int], pad_token: int) -> None:
-        """network: an image-text-to-text model of transformers; its generation config is made greedy."""
+        """network: an image-text-to-text model of transformers; its generation config is made greedy, since the rows
+        draw their own tokens.
+        """
         #: Questions of one pass, at most.
         self.together = 1
         #: Tokens that the questions and answers of one pass may have, at most.
@@ -58,7 +60,7 @@ class Viewer:
         self._generate(
             batch,
             max(question.left for question in batch),
-            LogitsProcessorList([_Refuse(batch)]),
+            LogitsProcessorList([Draw(batch, penalty=1.0)]),
             StoppingCriteriaList([_Accept(batch, step)]),
         )
 
@@ -114,19 +116,6 @@ class _Accept(StoppingCriteria):  # type: ignore[misc]
                 question.ended.set()
         ended = [question.ended.is_set() for question in self._batch]
         return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
-
-
-class _Refuse(LogitsProcessor):  # type: ignore[misc]
-    """Ends a question for which the model computed no numbers."""
-
-    def __init__(self, batch: Sequence[Question]) -> None:
-        self._batch = batch
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        for question, highest in zip(self._batch, scores.amax(dim=-1).isfinite().tolist(), strict=True):
-            if not highest:
-                question.end(EngineError("The model computed no numbers (NaN or infinity) for this picture."))
-        return scores
 
 
 class _Follow(LogitsProcessor):  # type: ignore[misc]

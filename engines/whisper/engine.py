@@ -26,6 +26,7 @@ from engines.thread import EngineThread, Way
 from engines.whisper import sound, speech_network
 from engines.whisper.sound import Samples, Sound
 from engines.whisper.transcript import TEMPERATURES, Transcript, needs_another, spectrogram
+from engines.whisper.words import prepare, words_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,18 @@ class Clip(Request):
 
     advice = "Choose a smaller model."
 
-    def __init__(self, heard: Sound, language: str | None, task: str, report: Report) -> None:
+    def __init__(
+        self,
+        heard: Sound,
+        language: str | None,
+        task: str,
+        report: Report,
+        *,
+        prompt: str | None = None,
+        temperature: float = 0.0,
+        word_timestamps: bool = False,
+    ) -> None:
+        """prompt: what was said before. temperature: the first that is tried."""
         super().__init__(report)
         self.duration = heard.duration
         #: Until the spectrogram is computed.
@@ -49,6 +61,10 @@ class Clip(Request):
         #: None until it is detected.
         self.language = language
         self.task = task
+        self.prompt = prompt
+        self.temperatures = (temperature, *(higher for higher in TEMPERATURES if higher > temperature))
+        #: The words so far, if they are asked for.
+        self.words: list[dict[str, Any]] | None = [] if word_timestamps else None
         #: From the first pass on.
         self.transcript: Transcript | None = None
 
@@ -79,7 +95,17 @@ class Engine:
         self._check_language(language)
         # Here and not in the engine thread, which computes other clips meanwhile.
         heard = sound.decode(base64.b64decode(params["audio_base64"]), lambda: report(Progress(0, None, "second")))
-        clip = Clip(heard, language, task, report)
+        if params["word_timestamps"]:
+            prepare()
+        clip = Clip(
+            heard,
+            language,
+            task,
+            report,
+            prompt=params["prompt"],
+            temperature=params["temperature"],
+            word_timestamps=params["word_timestamps"],
+        )
         del heard
         self._thread.submit(clip)
         assert clip.result is not None
@@ -89,6 +115,11 @@ class Engine:
                 f"{self._model.id} was not trained to translate: the text may be in the language that was spoken."
             ]
         return result
+
+    @property
+    def batch(self) -> int:
+        """How many jobs are being computed together now."""
+        return self._thread.batch
 
     def close(self) -> None:
         """Free the device. Jobs that still run end with EngineBroken."""
@@ -175,7 +206,7 @@ class Speech:
             if self._network.is_multilingual:
                 _, (probabilities,) = detect_language(self._network, self._encode([pad_or_trim(log_mel, N_FRAMES)]))
                 clip.language = max(probabilities, key=probabilities.__getitem__)
-        clip.transcript = Transcript(log_mel, frames, self._tokenizer(clip))
+        clip.transcript = Transcript(log_mel, frames, self._tokenizer(clip), clip.prompt)
         clip.samples = None
 
     def _next_windows(self, clips: Sequence[Clip]) -> None:
@@ -183,17 +214,28 @@ class Speech:
         features = self._encode([transcript.window() for transcript in transcripts])
         alike: dict[tuple[Any, ...], list[int]] = {}
         for index, (clip, transcript) in enumerate(zip(clips, transcripts, strict=True)):
-            alike.setdefault((clip.language, clip.task, tuple(transcript.prompt)), []).append(index)
-        for (language, task, prompt), indices in alike.items():
-            results = self._decode(features[indices], language, task, list(prompt), TEMPERATURES[0])
+            key = (clip.language, clip.task, tuple(transcript.prompt), clip.temperatures[0])
+            alike.setdefault(key, []).append(index)
+        for (language, task, prompt, first), indices in alike.items():
+            results = self._decode(features[indices], language, task, list(prompt), first)
             for index, result in zip(indices, results, strict=True):
                 window = features[index : index + 1]
-                for temperature in TEMPERATURES[1:]:
+                for temperature in clips[index].temperatures[1:]:
                     if clips[index].ended.is_set() or not needs_another(result):
                         break
                     (result,) = self._decode(window, language, task, list(prompt), temperature)
-                transcripts[index].take(result)
+                self._take(clips[index], transcripts[index], result)
                 self._ended(clips[index])
+
+    def _take(self, clip: Clip, transcript: Transcript, result: DecodingResult) -> None:
+        """Write down what a window said, with its words if they are asked for."""
+        before, mel, frames = len(transcript.segments), transcript.window(), transcript.frames_left
+        transcript.take(result)
+        said = transcript.segments[before:]
+        if clip.words is not None and said and not clip.ended.is_set():
+            window = mel.to(self._network.device, torch.float16 if self._half else torch.float32)
+            last_end_s = clip.words[-1]["end"] if clip.words else 0.0
+            clip.words += words_of(said, self._network, self._tokenizer(clip), window, frames, last_end_s)
 
     def _encode(self, windows: Sequence[torch.Tensor]) -> torch.Tensor:
         """windows: each (mels, 3000). Returns shape (windows, 1500, width)."""
@@ -226,7 +268,14 @@ class Speech:
         """Whether there is nothing to compute of a clip; gives it its result if it was heard to its end."""
         transcript = clip.transcript
         if transcript and transcript.finished:
-            clip.finish({"text": transcript.text, "language": clip.language, "segments": transcript.segments})
+            clip.finish(
+                {
+                    "text": transcript.text,
+                    "language": clip.language,
+                    "segments": transcript.segments,
+                    **({} if clip.words is None else {"words": clip.words}),
+                }
+            )
         return clip.ended.is_set()
 
     def _tokenizer(self, clip: Clip) -> Tokenizer:

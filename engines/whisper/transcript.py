@@ -6,7 +6,7 @@ each temperature, and computes an hour's spectrogram in blocks (transcribe() nee
 defaults are kept; the tests hold both together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,14 +40,20 @@ class Transcript:
     Source of the rules: openai/whisper 20250625, whisper/transcribe.py.
     """
 
-    def __init__(self, spectrogram: torch.Tensor, frames: int, tokenizer: Tokenizer) -> None:
-        """spectrogram: float32, shape (mels, at least `frames`), of which the first `frames` are the clip's."""
+    def __init__(
+        self, spectrogram: torch.Tensor, frames: int, tokenizer: Tokenizer, said_before: str | None = None
+    ) -> None:
+        """spectrogram: float32, shape (mels, at least `frames`), of which the first `frames` are the clip's.
+
+        said_before: what the first window is told, as text.
+        """
         self.segments: list[dict[str, Any]] = []
         self._spectrogram = spectrogram
         self._frames = frames
         self._tokenizer = tokenizer
         self._seek = 0
-        self._tokens: list[int] = []
+        self._tokens: list[int] = tokenizer.encode(f" {said_before.strip()}") if said_before else []
+        self._text_from = len(self._tokens)
         self._prompt_from = 0
 
     @property
@@ -68,19 +74,26 @@ class Transcript:
     @property
     def text(self) -> str:
         """What was said."""
-        return str(self._tokenizer.decode(self._tokens)).strip()
+        return str(self._tokenizer.decode(self._tokens[self._text_from :])).strip()
 
     def window(self) -> torch.Tensor:
         """The spectrogram of the next window, float32, shape (mels, 3000): 30 s."""
-        window: torch.Tensor = pad_or_trim(self._spectrogram[:, self._seek : self._seek + self._size], N_FRAMES)
+        window: torch.Tensor = pad_or_trim(self._spectrogram[:, self._seek : self._seek + self.frames_left], N_FRAMES)
         return window
 
     def take(self, result: DecodingResult) -> None:
         """Write down what the next window said, and go on behind it."""
         if result.no_speech_prob > NO_SPEECH and result.avg_logprob <= LEAST_LOGPROB:
-            self._seek += self._size
+            self._seek += self.frames_left
             return
-        starts_at, tokens = self._seek, result.tokens
+        tokens = result.tokens
+        heard = {
+            "seek": self._seek,
+            "temperature": float(result.temperature),
+            "avg_logprob": float(result.avg_logprob),
+            "compression_ratio": float(result.compression_ratio),
+            "no_speech_prob": float(result.no_speech_prob),
+        }
         is_time = [token >= self._tokenizer.timestamp_begin for token in tokens]
         #: Behind each pair of timestamps, the end of one segment and the begin of the next.
         cuts = [at + 1 for at in range(len(tokens) - 1) if is_time[at] and is_time[at + 1]]
@@ -90,19 +103,19 @@ class Transcript:
                 cuts.append(len(tokens))
             for begin, end in zip([0, *cuts], cuts, strict=False):
                 said = tokens[begin:end]
-                self._add(starts_at, self._time(said[0]), self._time(said[-1]), said)
+                self._add(heard, self._time(said[0]), self._time(said[-1]), said)
             # What follows the last pair was not heard to its end, so the next window begins there.
-            self._seek += self._size if ends_with_one else FRAMES_PER_TIMESTAMP * self._time(tokens[cuts[-1] - 1])
+            self._seek += self.frames_left if ends_with_one else FRAMES_PER_TIMESTAMP * self._time(tokens[cuts[-1] - 1])
         else:
             times = [self._time(token) for token, time in zip(tokens, is_time, strict=True) if time]
-            length = times[-1] if times and times[-1] else self._size / FRAMES_PER_TIMESTAMP
-            self._add(starts_at, 0, length, tokens)
-            self._seek += self._size
+            length = times[-1] if times and times[-1] else self.frames_left / FRAMES_PER_TIMESTAMP
+            self._add(heard, 0, length, tokens)
+            self._seek += self.frames_left
         if result.temperature > MOST_PROMPT_TEMPERATURE:
             self._prompt_from = len(self._tokens)
 
     @property
-    def _size(self) -> int:
+    def frames_left(self) -> int:
         """Frames of the next window that are the clip's."""
         size: int = min(N_FRAMES, self._frames - self._seek)
         return size
@@ -111,18 +124,23 @@ class Transcript:
         """Steps from the window's begin to a timestamp."""
         return token - int(self._tokenizer.timestamp_begin)
 
-    def _add(self, starts_at: int, begin: int, end: float, tokens: Sequence[int]) -> None:
-        """begin, end: timestamp steps from frame `starts_at`. A segment without length or text counts for nothing."""
+    def _add(self, heard: Mapping[str, Any], begin: int, end: float, tokens: Sequence[int]) -> None:
+        """heard: what its window says of all its segments. begin, end: timestamp steps from the window's begin.
+
+        A segment without length or text counts for nothing.
+        """
         text = self._tokenizer.decode([token for token in tokens if token < self._tokenizer.eot]).strip()
         if begin == end or not text:
             return
         self._tokens += tokens
         begin_s, end_s = (
             # Timestamps may lie behind the clip's end: a window is always 30 s.
-            round(min(starts_at + steps * FRAMES_PER_TIMESTAMP, self._frames) * FRAME_S, 2)
+            round(min(heard["seek"] + steps * FRAMES_PER_TIMESTAMP, self._frames) * FRAME_S, 2)
             for steps in (begin, end)
         )
-        self.segments.append({"id": len(self.segments), "start": begin_s, "end": end_s, "text": text})
+        self.segments.append(
+            {"id": len(self.segments), "start": begin_s, "end": end_s, "text": text, **heard, "tokens": list(tokens)}
+        )
 
 
 def needs_another(result: DecodingResult) -> bool:

@@ -5,6 +5,8 @@ import os
 # Before anything imports them: no look at the hub, and one core for models this small (a second one only waits).
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Whisper's alignment of words, which numba would compile for ten seconds.
+os.environ["NUMBA_DISABLE_JIT"] = "1"
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
@@ -21,6 +23,7 @@ from engines.catalogue import JobType, Model
 from engines.contract import Device, Progress, Report, Text
 from engines.llm.engine import Engine
 from engines.loading import resolve
+from engines.schemas import load_params
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -196,7 +199,7 @@ def ask() -> Callable[..., dict[str, Any]]:
     """Run one question through an engine; greedy unless said otherwise."""
 
     def run(engine: Engine, text: str, report: Report = lambda _: None, **options: Any) -> dict[str, Any]:
-        params = {"max_tokens": 24, "temperature": 0.0, "top_p": 1.0, "seed": None, "stop": [], **options}
-        return engine.run({"messages": [{"role": "user", "content": text}], **params}, report)
+        asked = {"max_tokens": 24, "temperature": 0.0, "top_p": 1.0, **options}
+        return engine.run(load_params(JobType.LLM, {"messages": [{"role": "user", "content": text}], **asked}), report)
 
     return run

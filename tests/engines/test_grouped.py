@@ -12,7 +12,7 @@ import torch
 from engines.contract import Device, EngineBroken, EngineError, InvalidInput, JobCancelled, OutOfMemory
 from engines.grouped import FORGIVE_AFTER, Abandoned, Grouped, Limit, Step
 from engines.request import Request
-from engines.thread import EngineThread, is_broken, is_out_of_memory
+from engines.thread import EngineThread, is_broken, is_out_of_memory, verdict
 
 STEPS = 3
 
@@ -317,6 +317,21 @@ def test_a_dead_device_ends_everybody_at_once_and_for_good(rig: Rig, error: Exce
     assert rig.work.passes == ["1 2"]
     with pytest.raises(EngineBroken, match=str(error)):
         rig.engine.submit(Job("late"))
+
+
+def test_what_an_error_quotes_is_told_to_nobody_but_the_one_job_that_was_computed(rig: Rig) -> None:
+    # A client's words must not pass for the device's either.
+    odd = ValueError("cannot read 'CUDA error: out of memory'")
+
+    rig.work.bad["lone"] = odd
+
+    with pytest.raises(EngineError, match="cannot read") as alone:
+        rig.engine.submit(Job("lone"))
+    shared = verdict(odd, alone=False)
+
+    assert type(alone.value) is type(shared) is EngineError
+    assert "ValueError" in shared.message
+    assert "cannot read" not in shared.message
 
 
 def test_a_device_that_dies_while_memory_is_cleared_up_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from engines.contract import (
 )
 from engines.llm.engine import SLOTS, Engine
 from engines.loading import resolve
+from engines.schemas import load_params
 
 FAMILIES = ["qwen2", "llama", "qwen3", "gemma3", "mistral", "glm", "deepseek_v2"]
 CPU = Device("cpu", dtype="float32")
@@ -232,10 +233,9 @@ def test_max_tokens_is_cut_to_what_the_context_leaves(engine_of: Any, ask: Any) 
 
 def test_messages_that_the_chat_template_refuses_are_the_job_s_fault(engine_of: Any) -> None:
     messages = [{"role": "user", "content": "hi"}, {"role": "system", "content": "late"}]
-    params = {"messages": messages, "max_tokens": 4, "temperature": 0, "top_p": 1, "seed": None, "stop": []}
 
     with pytest.raises(InvalidInput, match="system comes first"):
-        engine_of("qwen2").run(params, lambda _: None)
+        engine_of("qwen2").run(load_params(JobType.LLM, {"messages": messages}), lambda _: None)
 
 
 # --- stopping one job

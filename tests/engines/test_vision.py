@@ -38,6 +38,7 @@ from engines.loading import load, resolve
 from engines.schemas import RESULTS, load_params
 from engines.text.thinking import Spoken
 from engines.vision import picture
+from engines.vision.engine import GREEDY
 from engines.vision.question import Question
 from engines.vision.viewer import Viewer
 from shapes.world import SCENES, draw
@@ -286,6 +287,18 @@ def test_a_model_that_cannot_compute_batches_answers_one_by_one(own: Any, genera
 
 
 # --- where an answer ends, and what is told meanwhile
+
+
+def test_a_seed_draws_the_same_answer_alone_and_beside_others(engine_of: Any) -> None:
+    engine, picture = engine_of("qwen2_vl"), noise(80, 60)
+    drawn = {"temperature": 1.5, "max_tokens": 12}
+
+    alone = [ask(engine, picture, "What?", seed=seed, **drawn)["response"] for seed in (1, 2)]
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(lambda seed: ask(engine, picture, "What?", seed=seed, **drawn)["response"], (1, 2)))
+
+    assert together == alone
+    assert alone[0] != alone[1]
 
 
 def test_max_tokens_ends_an_answer_and_every_token_is_told(engine_of: Any, recorder: Any) -> None:
@@ -562,7 +575,7 @@ def test_a_pass_takes_questions_of_similar_length_whose_tokens_fit_the_memory(fo
 
     def asked(length: int, max_tokens: int) -> Question:
         inputs = {"input_ids": torch.zeros(1, length, dtype=torch.long)}
-        return Question(inputs, (1, 1), max_tokens, spoken, [1], lambda _: None)
+        return Question(inputs, (1, 1), max_tokens, spoken, [1], GREEDY, lambda _: None)
 
     oldest, long, alike, longer, near = waiting = [
         asked(*size) for size in ((100, 9), (400, 9), (120, 9), (190, 9), (101, 9))

@@ -48,6 +48,9 @@ CPU = Device("cpu", dtype="float32")
 #: by soxr and soundfile.
 SPEECH = Path(__file__).resolve().parents[2] / "local" / "speech.ogg"
 
+#: What a segment says of how it was heard.
+HEARD = ("seek", "tokens", "temperature", "avg_logprob", "compression_ratio", "no_speech_prob")
+
 Samples = NDArray[np.float32]
 Build = Callable[..., Path]
 
@@ -118,6 +121,7 @@ def in_our_shape(said: Mapping[str, Any], duration: float) -> dict[str, Any]:
             "start": round(min(part["start"], end), 2),
             "end": round(min(part["end"], end), 2),
             "text": part["text"].strip(),
+            **{key: part[key] for key in HEARD},
         }
         for part in said["segments"]
         if part["text"]
@@ -137,15 +141,20 @@ def in_our_shape(said: Mapping[str, Any], duration: float) -> dict[str, Any]:
         (song(4), {"language": "zh", "task": "translate"}),
         (np.zeros(RATE * 40, np.float32), {"language": "de"}),
         (song(0.05), {}),
+        (song(4), {"language": "en", "prompt": "A lazy dog and a fox."}),
+        (song(4), {"language": "en", "temperature": 0.6}),
     ],
-    ids=["long", "short", "silent", "very short"],
+    ids=["long", "short", "silent", "very short", "with a prompt", "with a temperature"],
 )
 def test_it_writes_down_what_whispers_own_transcribe_does(
     tiny: Engine, samples: Samples, options: dict[str, Any]
 ) -> None:
     result = hear(tiny, samples, **options)
 
-    expected = by_whisper(tiny._network, samples, **options)
+    theirs = {"initial_prompt" if key == "prompt" else key: value for key, value in options.items()}
+    if "temperature" in options:
+        theirs["temperature"] = (0.6, 0.8, 1.0)
+    expected = by_whisper(tiny._network, samples, **theirs)
     assert {key: result[key] for key in expected} == expected
     assert result["duration"] == round(samples.size / RATE, 3)
     assert result["task"] == options.get("task", "transcribe")
@@ -166,6 +175,17 @@ def test_improbable_text_is_sampled_again_from_a_known_seed(folder_of: Build) ->
     assert len(decoded) > 3 * network.dims.n_text_ctx // 2  # more tokens than at three temperatures
     assert {key: result[key] for key in expected} == expected
     assert result["text"]
+
+
+def test_words_are_those_of_the_text_with_times_inside_the_clip(tiny: Engine) -> None:
+    plain = hear(tiny, song(4), language="en")
+
+    result = hear(tiny, song(4), language="en", word_timestamps=True)
+
+    words = result.pop("words")
+    assert result == plain
+    assert "".join(word["word"] for word in words) == "".join(result["text"].split())
+    assert all(0 <= word["start"] <= word["end"] <= 4 for word in words)
 
 
 def test_whatever_windows_say_becomes_the_segments_and_prompts_that_transcribe_makes(tiny: Engine) -> None:
@@ -252,7 +272,18 @@ def test_clips_that_are_computed_together_say_what_they_say_alone(tiny: Engine) 
 
     assert max(together) == 4
     for request, expected in zip(requests, alone, strict=True):
-        assert request.result == {key: expected[key] for key in ("text", "language", "segments")}
+        assert request.result
+        assert request.result["segments"] == [about(segment) for segment in expected["segments"]]
+        assert [request.result[key] for key in ("text", "language")] == [expected[key] for key in ("text", "language")]
+
+
+def about(segment: dict[str, Any]) -> dict[str, Any]:
+    """The segment as it may be told beside others, which rounds otherwise."""
+    # What is nearly never so has no digits to speak of.
+    return {
+        key: pytest.approx(value, rel=1e-4, abs=1e-12) if isinstance(value, float) else value
+        for key, value in segment.items()
+    }
 
 
 def test_jobs_from_many_threads_get_their_own_answers(tiny: Engine) -> None:
@@ -262,7 +293,7 @@ def test_jobs_from_many_threads_get_their_own_answers(tiny: Engine) -> None:
     with ThreadPoolExecutor(4) as pool:
         results = list(pool.map(lambda clip: hear(tiny, clip, language="en"), clips))
 
-    assert results == alone
+    assert results == [{**told, "segments": [about(segment) for segment in told["segments"]]} for told in alone]
 
 
 # --- progress, cancel, time-out
