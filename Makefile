@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+# With the bytecode of a run before, to collect the tests takes a third of the time.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo up test check format bench chaos fuzz setup clean
 .DEFAULT_GOAL := demo
 
@@ -24,7 +27,9 @@ check: setup
 	$(BIN)/lint-imports
 	# The models of some tests: to make them takes both cores for a while, and others' seconds would run out meanwhile.
 	$(BIN)/python -m engines.packaged smollm2-135m-instruct whisper-base all-minilm-l6-v2
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder --ignore tests/faults
+	# These alone load torch and diffusers, which takes each process ten seconds; and they never wait.
+	$(BIN)/pytest -n 2 --dist loadfile tests/engines tests/shapes
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder $(addprefix --ignore tests/,engines shapes faults)
 	# By themselves: these count the seconds until a killed or frozen part is made up for, and mostly wait.
 	$(BIN)/pytest -n 4 --dist loadfile tests/faults
 
@@ -43,7 +48,7 @@ chaos: setup
 fuzz: setup
 	$(BIN)/python -m tests.fuzz.run $(FUZZ)
 
-setup: $(VENV)/.develop $(VENV)/.triton
+setup: $(VENV)/.develop $(VENV)/.triton $(VENV)/.openai_js
 
 ## The virtual environment and everything that was built or written; prepared models stay in var/models.
 clean:
@@ -51,9 +56,10 @@ clean:
 	find var -mindepth 1 -maxdepth 1 ! -name models -exec rm -rf {} + 2>/dev/null || true
 
 # What the platform needs to run, and what its development needs beyond that. The stamps are written last.
-$(VENV)/.run: $(VENV)/.made requirements.txt requirements/api.txt requirements/gpu_admin.txt requirements/worker.txt requirements/constraints.txt
+$(VENV)/.run: $(VENV)/.made requirements.txt requirements/api.txt requirements/cli.txt requirements/gpu_admin.txt requirements/worker.txt requirements/constraints.txt
 	@echo "Installing the packages of requirements.txt (torch is large: this takes a minute or more)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@ln -sf ../../gpuctl $(BIN)/gpuctl
 	@touch $@
 
 $(VENV)/.develop: $(VENV)/.run requirements/dev.txt
@@ -68,6 +74,12 @@ $(VENV)/.triton: $(VENV)/.made requirements/triton_server.txt
 	  $(VENV)/triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    -r requirements/triton_server.txt && \
 	  touch $@ || echo "There is no tritonserver for this system and Python; the tests that run it are skipped." >&2
+
+# OpenAI's JavaScript client, which a test runs.
+$(VENV)/.openai_js: $(VENV)/.made tests/openai_js/package-lock.json
+	@echo "Installing the packages of tests/openai_js"
+	@npm ci --prefix tests/openai_js --no-audit --no-fund --loglevel error >/dev/null && touch $@ || \
+	  echo "npm is missing or cannot install; the test of the JavaScript client is skipped." >&2
 
 $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

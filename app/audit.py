@@ -1,4 +1,4 @@
-"""Who did what that only operators may, in an SQL table to which rows are only ever added.
+"""Who did what that only operators may, in an SQL table to which rows are only added, until they are too old.
 
 A row for each call of a view that is not for clients (admin, worker), let in or refused; for each look at, or cancel
 of, somebody else's job; and for each command that changes keys. `flask --app wsgi audit` shows it.
@@ -100,7 +100,7 @@ class Audit:
         address = str(address_here() or request.remote_addr or "")[:64]
         refused = response.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
         # Quoted: one line, whatever it is made of.
-        target = quote(request.path, safe="/:@") + (f" of {foreign}" if foreign else "")
+        target = quote(request.path, safe="/:@") + (f" of {foreign}" if foreign else "") + g.get("audit_target", "")
         if refused and not self._is_among_the_first(address):
             return response
         is_read = request.method in ("GET", "HEAD") and not refused
@@ -123,10 +123,13 @@ class Audit:
         with self._engine.connect() as connection:
             return [Event(**row._mapping) for row in reversed(connection.execute(query).all())]
 
-    def prune(self, days: float) -> int:
-        """Remove rows that are older; how many there were."""
+    def prune(self, days: float, limit: int | None = None) -> int:
+        """Remove rows that are older, at most so many; how many there were. Raises SQLAlchemyError."""
+        old = select(audit.c.id).where(audit.c.at < now() - days * 86_400)
+        if limit is not None:
+            old = old.order_by(audit.c.at).limit(limit)
         with self._engine.connect() as connection:
-            return connection.execute(delete(audit).where(audit.c.at < now() - days * 86_400)).rowcount
+            return connection.execute(delete(audit).where(audit.c.id.in_(old.scalar_subquery()))).rowcount
 
     def _is_among_the_first(self, address: str) -> bool:
         if self._seen.hit(REFUSALS, address) and self._seen.hit(ALL_REFUSALS, "all"):
@@ -141,6 +144,11 @@ def register(app: Flask, engine: Engine) -> Audit:
     log = Audit(engine)
     app.after_request(log.request)
     return log
+
+
+def note_target(words: str) -> None:
+    """Say what the request at hand made or changed, where its path does not."""
+    g.audit_target = words
 
 
 def note_foreign(owner: str) -> None:

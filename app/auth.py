@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from flask import current_app, g, request
 
 from app.errors import KeyRefused, KeyRequired, ScopeMissing
-from app.keys import Keys, RefusedKey, Scope
+from app.keys import NO_QUOTAS, Keys, Quotas, RefusedKey, Scope
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ class Caller:
     #: Whom the jobs that it makes belong to; keys that replace one another have the same.
     owner: str
     scopes: frozenset[Scope]
+    quotas: Quotas = NO_QUOTAS
 
     @property
     def sees(self) -> str | None:
@@ -101,7 +102,7 @@ class Guard:
             # For the audit log.
             g.refused_key = error.key_id
             raise KeyRefused(str(error)) from error
-        return Caller(key.id, key.owner, key.scopes)
+        return Caller(key.id, key.owner, key.scopes, key.quotas)
 
     def _anonymous(self) -> Caller:
         if _is_local():

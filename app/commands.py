@@ -1,6 +1,7 @@
 """What the operator types: flask --app wsgi keys ..., audit, db upgrade."""
 
 from collections.abc import Sequence
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
 
 import click
@@ -9,7 +10,7 @@ from flask.cli import AppGroup, with_appcontext
 from sqlalchemy.exc import DBAPIError
 
 from app.audit import Audit
-from app.keys import Key, Keys, NotRotated, Scope
+from app.keys import MOST_WEIGHT, Key, Keys, NotRotated, Quotas, Scope, id_of
 from app.settings import Settings
 from app.tables import upgrade
 
@@ -19,19 +20,56 @@ database = AppGroup("db", help="The database.")
 _NO_TABLES = "The database cannot be used; if it is new: flask --app wsgi db upgrade"
 
 
+def _quotas(_: click.Context, __: click.Parameter, texts: Sequence[str]) -> dict[str, int | None]:
+    """Quotas as they were typed: jobs_per_day=1000, or jobs_per_day=none."""
+    known = [field.name for field in fields(Quotas)]
+    found: dict[str, int | None] = {}
+    for text in texts:
+        name, _equals, most = text.partition("=")
+        if name not in known or not (most == "none" or (most.isascii() and most.isdecimal())):
+            raise click.BadParameter(f"{text!r} is not NAME=NUMBER or NAME=none; names: {', '.join(known)}.")
+        found[name] = None if most == "none" else int(most)
+    return found
+
+
+_weight = click.option(
+    "--weight",
+    type=click.IntRange(1, MOST_WEIGHT),
+    help="Turns for each turn of a key of weight 1, which is what a new key has.",
+)
+_quota = click.option(
+    "--quota",
+    "quotas",
+    multiple=True,
+    callback=_quotas,
+    metavar="NAME=NUMBER",
+    help="What it may use: jobs, tokens or gpu_seconds, _per_day or _per_month. NAME=none lifts the limit.",
+)
+
+
 @keys.command("create")
 @click.argument("name")
 @click.option("--scope", "scopes", multiple=True, type=click.Choice([str(scope) for scope in Scope]), required=True)
 @click.option("--expires-days", type=click.FloatRange(min=0, min_open=True), help="Left out, it never expires.")
-def create_key(name: str, scopes: Sequence[str], expires_days: float | None) -> None:
+@_weight
+@_quota
+def create_key(
+    name: str,
+    scopes: Sequence[str],
+    expires_days: float | None,
+    weight: int | None,
+    quotas: dict[str, int | None],
+) -> None:
     """Make a key and print it, this once."""
     if not 1 <= len(name) <= 128:
         raise click.BadParameter("A name has 1 to 128 characters.")
     try:
-        text = _keys().create(name, map(Scope, scopes), expires_days=expires_days)
+        text = _keys().create(
+            name, map(Scope, scopes), expires_days=expires_days, weight=weight or 1, quotas=Quotas(**quotas)
+        )
     except DBAPIError as error:
         raise click.ClickException(_NO_TABLES) from error
-    _audit().command("keys.create", _id_of(text))
+    _audit().command("keys.create", id_of(text))
     click.echo(text)
     click.echo("Keep it: it cannot be shown again. From now on every request needs a key.", err=True)
 
@@ -46,7 +84,31 @@ def list_keys() -> None:
     for key in known:
         replaces = f"  (owner {key.owner})" if key.owner != key.id else ""
         scopes = ",".join(sorted(key.scopes))
-        click.echo(f"{key.id}  {_state(key):20}  {scopes:20}  {_day(key.created_at)}  {key.name}{replaces}")
+        weight = f"  weight {key.weight}" if key.weight != 1 else ""
+        quotas = "".join(f"  {name}={most}" for name, most in asdict(key.quotas).items() if most is not None)
+        click.echo(
+            f"{key.id}  {_state(key):20}  {scopes:20}  {_day(key.created_at)}  {key.name}{replaces}{weight}{quotas}"
+        )
+
+
+@keys.command("set")
+@click.argument("key_id", metavar="ID")
+@click.option("--name", help="Another name.")
+@_weight
+@_quota
+def change_key(key_id: str, name: str | None, weight: int | None, quotas: dict[str, int | None]) -> None:
+    """Change a key's name, weight or quotas; weight and quotas also of those that replace it."""
+    key_id = id_of(key_id)
+    if name is not None and not 1 <= len(name) <= 128:
+        raise click.BadParameter("A name has 1 to 128 characters.")
+    try:
+        key = _keys().change(key_id, name=name, weight=weight, quotas=quotas)
+    except DBAPIError as error:
+        raise click.ClickException(_NO_TABLES) from error
+    if key is None:
+        raise click.ClickException(f"There is no key {key_id}.")
+    _audit().command("keys.set", key_id)
+    click.echo(f"{key_id}: weight {key.weight}, quotas {key.quotas.encode()}")
 
 
 @keys.command("rotate")
@@ -65,14 +127,14 @@ def list_keys() -> None:
 )
 def rotate_key(key_id: str, overlap_hours: float, expires_days: float | None) -> None:
     """Make a second key with the same name, scopes and jobs, and let the old one expire."""
-    key_id = _id_of(key_id)
+    key_id = id_of(key_id)
     try:
         text = _keys().rotate(key_id, overlap_s=overlap_hours * 3600, expires_days=expires_days)
     except NotRotated as error:
         raise click.ClickException(str(error)) from error
     except DBAPIError as error:
         raise click.ClickException(_NO_TABLES) from error
-    _audit().command("keys.rotate", f"{key_id} to {_id_of(text)}")
+    _audit().command("keys.rotate", f"{key_id} to {id_of(text)}")
     click.echo(text)
     click.echo(f"Keep it: it cannot be shown again. {key_id} works for {overlap_hours:g} h more.", err=True)
 
@@ -81,15 +143,18 @@ def rotate_key(key_id: str, overlap_hours: float, expires_days: float | None) ->
 @click.argument("key_id", metavar="ID")
 def revoke_key(key_id: str) -> None:
     """Close a key for good; ID as `keys list` shows it."""
-    key_id = _id_of(key_id)
+    key_id = id_of(key_id)
     try:
         done = _keys().revoke(key_id)
+        admins = _keys().open_admins()
     except DBAPIError as error:
         raise click.ClickException(_NO_TABLES) from error
     if not done:
         raise click.ClickException(f"There is no open key {key_id}.")
     _audit().command("keys.revoke", key_id)
     click.echo(f"{key_id} is revoked.")
+    if not admins:
+        click.echo("No open key has scope admin now; over HTTP, nobody can manage keys or workers.", err=True)
 
 
 @click.command("audit")
@@ -133,11 +198,6 @@ def _keys() -> Keys:
 def _audit() -> Audit:
     log: Audit = current_app.extensions["audit"]
     return log
-
-
-def _id_of(text: str) -> str:
-    """The id of a key; the whole key is what people have at hand."""
-    return text.removeprefix("gpi_")[:8]
 
 
 def _state(key: Key) -> str:

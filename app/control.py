@@ -11,21 +11,33 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
+from typing import Protocol
 
 from dotenv import find_dotenv, load_dotenv
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.audit import Audit
 from app.blobs import Blobs
+from app.courier import Courier
+from app.deliveries import Deliveries
+from app.destinations import Destinations
 from app.dispatch import DIRECT_LOST, Dispatch, open_dispatch
+from app.ends import Ends
+from app.keys import Keys
 from app.links import Down, Link, Mailbox, mailboxes
+from app.metrics import ControlServer
 from app.reroute import Reroute
 from app.retention import Retention
 from app.rows import JobRow
 from app.settings import Settings
 from app.tables import open_database
-from tasks import memory, routing
+from app.turns import Turns
+from app.usage import Usage
+from engines.failure import frames
+from tasks import logs, memory, routing, tracing
 from tasks.job import LIVE, MAX_ATTEMPTS, JobError, JobState
 from tasks.ledger import Queued
 from tasks.settings import SettingsError
@@ -258,10 +270,13 @@ class Reconciler:
         """The row as it is then."""
         if row.losses + 1 >= MAX_ATTEMPTS:
             message = f"It was tried {MAX_ATTEMPTS} times, and each time its worker was lost."
+            self._dispatch.metering.lost(row)
             return self._dispatch.end(row, JobState.FAILED, JobError("worker_lost", message))
         changed = self._rows.next_attempt(row.id, attempt=row.attempt)
         if changed is not None:
-            logger.warning("worker %s is lost; job %s goes into attempt %d", worker_id, row.id, row.attempt + 1)
+            self._dispatch.metering.lost(row)
+            with logs.of_job(row.id):
+                logger.warning("worker %s is lost; job %s goes into attempt %d", worker_id, row.id, row.attempt + 1)
         return changed or row
 
 
@@ -292,15 +307,22 @@ class Copies:
                 mailbox.ledger.led(led_until)
 
 
+class Chore(Protocol):
+    """What the leader does beside."""
+
+    def run(self, leads: threading.Event, stopped: threading.Event) -> None:
+        """Do it for as long as this process leads, until stopped is set."""
+
+
 def run(
-    dispatch: Dispatch, stopped: threading.Event, *, holder: str | None = None, retention: Retention | None = None
+    dispatch: Dispatch, stopped: threading.Event, *, holder: str | None = None, chores: Sequence[Chore] = ()
 ) -> None:
     """Reconcile while we lead, until stopped is set. A database that is away is waited for."""
     me = holder or uuid.uuid4().hex
     leads = threading.Event()
-    if retention is not None:
-        # A thread of its own: a blob store that is slow to delete holds up no job.
-        threading.Thread(target=retention.run, args=(leads, stopped), name="retention", daemon=True).start()
+    for chore in chores:
+        # A thread of its own: a blob store that is slow to delete, or a webhook that hangs, holds up no job.
+        threading.Thread(target=chore.run, args=(leads, stopped), name=type(chore).__name__, daemon=True).start()
     reconciler = Reconciler(dispatch)
     copies = Copies(dispatch, None)
     leading = False
@@ -320,42 +342,85 @@ def run(
                 if leading:
                     copies.look(dispatch.rows.led_until() or 0.0)
             if leading:
+                began = time.monotonic()
                 reconciler.tick()
+                dispatch.metering.ticked(time.monotonic() - began)
         except SQLAlchemyError as error:
             logger.error("the database is away: %s", error)
             lead_until = 0.0
             stopped.wait(1.0)
-        except Exception:
+        except Exception as error:  # noqa: BLE001 - logged without its own words
             # One tick that fails must not end what makes every job end.
-            logger.exception("a tick failed")
+            logger.error("a tick failed: %s", frames(error))
             stopped.wait(1.0)
 
 
 def main() -> None:
     """Entry of `python -m app.control`; ends on SIGINT and SIGTERM."""
     load_dotenv(find_dotenv(usecwd=True))
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
+        logs.set_up(logging.INFO, os.environ)
         settings = Settings.from_environ(os.environ)
         memory.check(settings.regions.values())
+        tracing.start("control", os.environ)
     except SettingsError as error:
         sys.exit(f"control does not start: {error}")
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
+    database = open_database(settings.database_url)
     dispatch = open_dispatch(
-        open_database(settings.database_url), settings.regions, settings.default_region, settings.blobs_url
+        database,
+        settings.regions,
+        settings.default_region,
+        settings.blobs_url,
+        fair_window=settings.fair_window,
     )
     logger.info("control is up")
+    usage = Usage(database)
     retention = Retention(
         dispatch.rows,
         dispatch.links,
         Blobs(settings.blobs_url),
         result_hours=settings.result_retention_hours,
         row_days=settings.row_retention_days,
+        others=_too_old(usage, Audit(database), settings),
     )
-    run(dispatch, stopped, retention=retention)
+    deliveries = Deliveries(database, public_url=settings.public_url)
+    courier = Courier(
+        deliveries,
+        Destinations(settings.webhook_networks, http=settings.webhook_http),
+        disable_days=settings.webhook_disable_days,
+        log_days=settings.row_retention_days,
+    )
+    turns = Turns(dispatch, Keys(database), settings.fair_window)
+    dispatch.metering.follow(courier.outcomes)
+    # The last of the accounts: what it counts is not taken back with the transaction.
+    ends = Ends(dispatch.rows, [usage.count, deliveries.enter, dispatch.metering.account])
+    run(dispatch, stopped, chores=[turns, retention, ends, courier, *_metrics(dispatch, Keys(database), settings)])
     dispatch.close()
+    tracing.stop()
+
+
+def _too_old(usage: Usage, audit: Audit, settings: Settings) -> dict[str, Callable[[], int]]:
+    """What retention deletes beside jobs."""
+    found: dict[str, Callable[[], int]] = {"days of usage": partial(usage.prune, settings.usage_retention_days)}
+    if settings.audit_retention_days:
+        found["rows of the audit log"] = partial(audit.prune, settings.audit_retention_days, BATCH)
+    return found
+
+
+def _metrics(dispatch: Dispatch, keys: Keys, settings: Settings) -> list[ControlServer]:
+    """The port on which this process shows its metrics; none where the settings have none, or it cannot be had."""
+    if not settings.control_metrics_port:
+        return []
+    try:
+        return [ControlServer(dispatch, keys, settings)]
+    except OSError as error:
+        # No reason to leave jobs without a reconciler.
+        where = f"{settings.control_metrics_host}, CONTROL_METRICS_PORT={settings.control_metrics_port}"
+        logger.warning("no metrics are shown at CONTROL_METRICS_HOST=%s: %s", where, error.strerror or error)
+        return []
 
 
 if __name__ == "__main__":

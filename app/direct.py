@@ -18,6 +18,7 @@ from app.keys import Scope
 from app.links import Down, Link
 from app.origin import HEADER, UnknownRegion, address_here, find_here
 from app.parsing import Blueprint
+from app.quotas import QuotaCap
 from app.schemas import Timestamp, known_region
 from app.settings import Settings
 from engines.catalogue import JobType, UnknownModel
@@ -123,6 +124,8 @@ def nearest(query: dict[str, Any]) -> Nearest:
     queue.
     """
     dispatch: Dispatch = current_app.extensions["dispatch"]
+    quotas: QuotaCap = current_app.extensions["quotas"]
+    quotas.admit(caller())
     job_type: JobType = query["job_type"]
     try:
         model = None if query["model"] is None else dispatch.model_id(job_type, query["model"])

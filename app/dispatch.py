@@ -9,9 +9,10 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
@@ -19,14 +20,17 @@ from sqlalchemy.exc import SQLAlchemyError
 from app import waiting
 from app.backlog import MAX_UNSENT, Backlog
 from app.blobs import Blobs
-from app.links import Down, Link, Mailbox, open_links
+from app.links import Down, Link, Mailbox, mailboxes, open_links
+from app.metering import Metering
 from app.rows import IdempotencyConflict, JobRow, Rows, fingerprint_of
 from app.tickets import Tickets
+from app.turns import HeldBack, by_queue
+from app.usage import read_meter
 from app.waiting import Place, Statistics
 from engines import catalogue
 from engines.catalogue import JobType, UnknownModel
 from engines.contract import Progress
-from tasks import fleet, routing
+from tasks import fleet, logs, routing, tracing
 from tasks.fleet import Card
 from tasks.job import Envelope, Job, JobError, JobState
 from tasks.ledger import Record, Standing, StoreError
@@ -45,6 +49,9 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Its client's connection broke with the worker, and no one else has the job's params.
 DIRECT_LOST = JobError("worker_lost", "Its client brought it to a worker, and that worker was lost.")
@@ -81,6 +88,8 @@ class Request:
     queue_timeout_seconds: float | None
     #: Where its client is, for one that names no region; None for the default region.
     client_region: str | None = None
+    #: The job that it runs again.
+    retry_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +115,19 @@ class Forecast:
     model: str | None
 
 
+def _of_its_job(
+    method: Callable[Concatenate["Dispatch", JobRow, P], T],
+) -> Callable[Concatenate["Dispatch", JobRow, P], T]:
+    """The method, all of whose log lines are about the job of its row."""
+
+    @wraps(method)
+    def bound(self: "Dispatch", row: JobRow, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        with logs.of_job(row.id):
+            return method(self, row, *args, **kwargs)
+
+    return bound
+
+
 class Dispatch:
     """Takes jobs in and tells what became of them. Threads may share it."""
 
@@ -117,9 +139,13 @@ class Dispatch:
         blobs: Blobs,
         tickets: Tickets,
         max_unsent: int = MAX_UNSENT,
+        fair_window: int = 0,
     ) -> None:
-        """max_unsent: how many jobs are held for a region that takes none."""
+        """max_unsent: how many jobs are held for a region that takes none. fair_window: 0 lets keys take no turns."""
         self.rows = rows
+        self._held = HeldBack(rows, fair_window)
+        #: What this process counts of jobs.
+        self.metering = Metering()
         self.tickets = tickets
         self._backlog = Backlog(rows, max_unsent)
         self._blobs = blobs
@@ -136,12 +162,13 @@ class Dispatch:
         must_send: raise Unavailable, and leave nothing behind, if its region does not take it at once.
         Raises Unavailable too if enough jobs are held for that region already. Raises IdempotencyConflict.
         """
-        region = self.decide(request).region
+        region = self.decide(request, owner).region
         if not must_send and (why := self.links[region].away()) and not self._backlog.admit(region):
             if idempotency_key and (earlier := self.rows.earlier(owner, idempotency_key, _fingerprint(request))):
                 return Submitted(earlier, replayed=True)
             what = f"{why} {self._backlog.most} jobs wait for it already, which is as many as are held (MAX_UNSENT)."
             raise Unavailable("too_many_unsent", f"{what} Nothing was submitted.", BACKLOG_RETRY_S)
+        held_for = self._held.queue_for(self.links[region], request.type, request.model, request.priority)
         text = json.dumps(request.params, separators=(",", ":"))
         job_id = str(uuid.uuid4())
         try:
@@ -150,21 +177,30 @@ class Dispatch:
             logger.error("the blob store does not take a job's params: %s", error)
             raise Unavailable("blobs_unavailable", "The store for large inputs does not answer.") from error
         try:
-            row, new = self._insert(job_id, owner, request, region, params, idempotency_key, told_at_once=not must_send)
+            row, new = self._insert(
+                job_id, owner, request, region, params, idempotency_key, told_at_once=not must_send, held_for=held_for
+            )
         except Exception:
             self._blobs.drop(params)
             raise
         if not new:
             self._blobs.drop(params)
             return Submitted(row, replayed=True)
+        if row.held_for is not None:
+            self._held.add(row)
+            self.metering.accepted(row)
+            return Submitted(row, replayed=False)
         self.links[region].expect(request.type, request.model, request.priority)
         standing = None
         try:
-            standing = self.send(row, text)
+            with tracing.span("submit", job_id=row.id, type=row.type, region=row.region):
+                standing = self.send(row, text)
         except Down as down:
             if must_send and self.rows.withdraw(row):
                 raise Unavailable("region_unavailable", f"{down} Nothing was submitted.") from down
-            logger.warning("job %s is held until its region answers: %s", row.id, down)
+            with logs.of_job(row.id):
+                logger.warning("job %s is held until its region answers: %s", row.id, down)
+        self.metering.accepted(row)
         return Submitted(row, replayed=False, standing=standing)
 
     def _insert(
@@ -177,6 +213,7 @@ class Dispatch:
         idempotency_key: str | None,
         *,
         told_at_once: bool,
+        held_for: str | None,
     ) -> tuple[JobRow, bool]:
         return self.rows.insert(
             job_id,
@@ -193,9 +230,41 @@ class Dispatch:
             queue_timeout_seconds=request.queue_timeout_seconds,
             idempotency_key=idempotency_key,
             fingerprint=_fingerprint(request) if idempotency_key else None,
+            retry_of=request.retry_of,
             told_at_once=told_at_once,
+            held_for=held_for,
         )
 
+    def again(self, row: JobRow) -> Request | None:
+        """What was asked for with the job, to ask for it once more; None once its input is no longer kept.
+
+        Without its bound on the wait, which is over. Raises Unavailable where the input lies in a store that does not
+        answer.
+        """
+        try:
+            text = self._blobs.read(row.params) if row.pruned_at is None else None
+        except FileNotFoundError:
+            text = None
+        except OSError as error:
+            logger.error("job %s: its input cannot be read: %s", row.id, error)
+            raise Unavailable("blobs_unavailable", "The store for large inputs does not answer.") from error
+        if text is None:
+            return None
+        return Request(
+            type=row.type,
+            model=row.model,
+            requested_model=row.requested_model,
+            params=json.loads(text),
+            priority=row.priority,
+            region=row.region_wanted,
+            allow_cross_region=row.allow_cross_region,
+            # SQLite may return a whole number as an int, which would be another fingerprint.
+            timeout_seconds=float(row.timeout_seconds),
+            queue_timeout_seconds=None,
+            retry_of=row.id,
+        )
+
+    @_of_its_job
     def send(self, row: JobRow, params: str | None = None) -> Standing | None:
         """Enter the row's attempt in its region's store and publish its message; where it stands. Raises Down.
 
@@ -225,8 +294,20 @@ class Dispatch:
             )
         if entered.state == "queued":
             queue_name = routing.queue_name(row.region, row.type, row.model, pinned=not row.allow_cross_region)
-            with link.broker.breaker:
-                link.broker.publisher.publish(job, queue=queue_name, priority=row.priority)
+            with tracing.span(
+                "publish",
+                parent=self._trace(row),
+                kind="producer",
+                job_id=row.id,
+                attempt=row.attempt,
+                queue=queue_name,
+            ):
+                traceparent = tracing.traceparent()
+                if traceparent:
+                    with link.mailbox.breaker:
+                        link.mailbox.ledger.note_trace(row.id, traceparent)
+                with link.broker.breaker:
+                    link.broker.publisher.publish(job, queue=queue_name, priority=row.priority, traceparent=traceparent)
         else:
             self._meet(row, link)
         self._marks.add(row, entered.epoch)
@@ -270,8 +351,11 @@ class Dispatch:
             logger.error("job %s: somebody made up a direct job in a store; it is ignored", job_id)
             return None
         row = self.rows.adopt(job_id, record.direct, worker_id=record.worker_id, started_at=record.started_at)
+        if row is not None:
+            self.metering.accepted(row)
         return row or self.rows.get(job_id)
 
+    @_of_its_job
     def fold(self, row: JobRow, record: Record | None, mailbox: Mailbox | None = None) -> JobRow:
         """Copy what the ledger's record says into the row; the row as it is then, whoever wrote it.
 
@@ -326,12 +410,15 @@ class Dispatch:
 
     def _end_with(self, row: JobRow, outcome: Envelope, started_at: float | None) -> JobRow:
         kept = self._keep(outcome)
-        changed = self.rows.end_with(outcome, started_at=started_at, kept=kept)
+        meter = read_meter(outcome, row.type).encode()
+        with tracing.span("fold", parent=self._trace(row), job_id=row.id, outcome=outcome.outcome):
+            changed = self.rows.end_with(outcome, started_at=started_at, kept=kept, meter=meter)
         if changed is None:
             self._blobs.drop(kept or "")
             last = self.rows.get(row.id) or row
             if (last.status, last.worker_id) != (outcome.outcome, outcome.worker_id):
                 logger.info("job %s: an outcome came too late and is dropped", row.id)
+                self.metering.dropped(row)
             return last
         here, there = self.links.get(row.region), self.links.get(outcome.region)
         if here is not None and there is not None and here.mailbox is not there.mailbox:
@@ -409,6 +496,7 @@ class Dispatch:
             others = sorted(set(live.values()) - {row.id for row in catalogue.MODELS})
             raise UnknownModel(f"{error} Live: {', '.join(others)}." if others else str(error)) from None
 
+    @_of_its_job
     def cancel(self, row: JobRow) -> JobRow:
         """End the job as cancelled, unless it has ended; the row tells who was first."""
         changed = self.rows.cancel(row.id)
@@ -417,6 +505,7 @@ class Dispatch:
         self._try_to_tell(changed)
         return changed
 
+    @_of_its_job
     def give_up(self, row: JobRow) -> JobRow:
         """End a job that waited too long, unless a worker has begun it; the row as it is then."""
         row = self.look(row.id) or row
@@ -425,6 +514,7 @@ class Dispatch:
         error = JobError("queue_timeout", "No worker began it within its queue time-out.")
         return self.end(row, JobState.TIMEOUT, error, status=JobState.QUEUED)
 
+    @_of_its_job
     def end(self, row: JobRow, outcome: JobState, error: JobError, *, status: JobState | None = None) -> JobRow:
         """End a job whose worker says nothing, unless it has ended; the row as it is then."""
         changed = self.rows.end(row.id, outcome, error=error, status=status)
@@ -434,6 +524,7 @@ class Dispatch:
         self._try_to_tell(changed)
         return changed
 
+    @_of_its_job
     def tell(self, row: JobRow) -> None:
         """Make the ledger drop a job that ended without a worker's report. Raises Down."""
         link = self.links.get(row.region)
@@ -448,7 +539,16 @@ class Dispatch:
 
     def place(self, row: JobRow, standing: Standing | None = None) -> Place:
         """A queued job's position, estimated wait, and why it waits; standing: if it is known already."""
+        if row.held_for is not None and row.status is JobState.QUEUED:
+            own = self._held.own_before(row)
+            return waiting.held_place(
+                row, self.links, own, self._held.before(row.held_for, row.priority, row.owner, own)
+            )
         return waiting.place(row, self.links, standing)
+
+    def held_back(self) -> Mapping[str, int]:
+        """How many queued jobs are not in any broker yet, by queue, because it is not their key's turn."""
+        return dict(by_queue(self._held.counts()))
 
     def statistics(self, region: str | None) -> Statistics:
         """Queues and workers of one region or of all; of one that cannot be reached, what the rows say.
@@ -456,7 +556,8 @@ class Dispatch:
         Raises Unavailable if none can be reached.
         """
         try:
-            return waiting.statistics({region: self.links[region]} if region else self.links, self.rows)
+            links = {region: self.links[region]} if region else self.links
+            return waiting.statistics(links, self.rows, self.held_back())
         except Down as down:
             raise Unavailable("region_unavailable", str(down)) from down
 
@@ -468,13 +569,13 @@ class Dispatch:
         found = (offer for name in (home, *others) for offer in self._offers(request, [name]).values())
         return any(offer.load.slots > 0 for offer in found)
 
-    def decide(self, request: Request) -> Decision:
-        """Where such a job goes now, and why."""
+    def decide(self, request: Request, owner: str | None = None) -> Decision:
+        """Where such a job of this owner goes now, and why."""
         home = self._home(request)
-        offers = self._offers(request, [home])
+        offers = self._offers(request, [home], owner)
         # The others are asked only where one of them might be better: one that is down must not hold up the rest.
         if request.allow_cross_region and not (home in offers and routing.serves_at_once(offers[home])):
-            offers |= self._offers(request, [name for name in self.links if name != home])
+            offers |= self._offers(request, [name for name in self.links if name != home], owner)
         what = request.type if request.model is None else f"{request.type} with {request.model}"
         return routing.choose_region(home, self._regions, offers, cross_region=request.allow_cross_region, what=what)
 
@@ -483,7 +584,7 @@ class Dispatch:
         decision = self.decide(request)
         link = self.links[decision.region]
         try:
-            offer = link.offer(request.type, request.model, request.priority)
+            offer = self._offer(link, request, None)
             takers = fleet.able(link.cards(), request.type, request.model)
         except Down:
             return Forecast(decision, None, 0, request.model)
@@ -538,16 +639,36 @@ class Dispatch:
         except Down as down:
             logger.warning("job %s is %s; its worker hears of it later: %s", row.id, row.status, down)
 
+    def _trace(self, row: JobRow) -> str:
+        """The span that sent the job first, where there are traces and no span of this process to go on from."""
+        if not tracing.on() or tracing.traceparent():
+            return ""
+        # A job that moved has left it in the store of another region.
+        for mailbox in mailboxes(self.links):
+            try:
+                with mailbox.breaker:
+                    if found := mailbox.ledger.trace(row.id):
+                        return found
+            except Down:
+                continue
+        return ""
+
     def _home(self, request: Request) -> str:
         """The region that the client asked for or comes from."""
         return request.region or request.client_region or self._default_region
 
-    def _offers(self, request: Request, names: Iterable[str]) -> dict[str, Offer]:
+    def _offer(self, link: Link, request: Request, owner: str | None) -> Offer:
+        """What a region can do for such a job of this owner. Raises Down."""
+        offer = link.offer(request.type, request.model, request.priority)
+        queue = routing.queue_name(link.region.name, request.type, request.model)
+        return replace(offer, ahead=offer.ahead + self._held.before(queue, request.priority, owner))
+
+    def _offers(self, request: Request, names: Iterable[str], owner: str | None = None) -> dict[str, Offer]:
         """What those of the regions that can be reached can do for such a job."""
         offers = {}
         for name in names:
             try:
-                offers[name] = self.links[name].offer(request.type, request.model, request.priority)
+                offers[name] = self._offer(self.links[name], request, owner)
             except Down:
                 continue
         return offers
@@ -608,16 +729,21 @@ def open_dispatch(
     blobs_url: str,
     *,
     max_unsent: int = MAX_UNSENT,
+    fair_window: int = 0,
 ) -> Dispatch:
     """A Dispatch on this database, these regions and this store of large texts.
 
-    max_unsent: how many jobs are held for a region that takes none. Nothing is connected before it is needed.
+    max_unsent: how many jobs are held for a region that takes none. fair_window: how many jobs of a queue are sent at
+    the least before the keys' others wait for their turn, and for a control that gives it; 0 sends all at once. Nothing
+    is connected before it is needed.
     """
     tickets = Tickets(engine)
-    return Dispatch(Rows(engine), open_links(regions), default_region, Blobs(blobs_url), tickets, max_unsent)
+    return Dispatch(
+        Rows(engine), open_links(regions), default_region, Blobs(blobs_url), tickets, max_unsent, fair_window
+    )
 
 
 def _fingerprint(request: Request) -> str:
     """Of what is to be done; how long a client waits for it, and from where it asks, may differ when it asks again."""
-    may_differ = ("queue_timeout_seconds", "client_region")
+    may_differ = ("queue_timeout_seconds", "client_region", "retry_of")
     return fingerprint_of({key: value for key, value in asdict(request).items() if key not in may_differ})

@@ -1,5 +1,8 @@
 """The OpenAPI document, and Swagger UI from the installed package: nothing is loaded from elsewhere."""
 
+import threading
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flask_smorest
@@ -52,9 +55,50 @@ POLICY = "default-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' d
 
 
 class Api(flask_smorest.Api):  # type: ignore[misc]
-    """flask-smorest's collector of the document; answering errors is app/errors.py's business."""
+    """flask-smorest's collector of the document; answering errors is app/errors.py's business.
+
+    The document is written when somebody first asks for it: that takes longer than all else of making an app.
+    """
 
     ERROR_SCHEMA = ProblemView
+
+    def __init__(self, app: Flask, **kwargs: Any) -> None:
+        self._spec: Any = None
+        self._unwritten: list[Callable[[], None]] = []
+        # Who writes reads what is there so far; everybody else waits for the whole.
+        self._writing = threading.RLock()
+        super().__init__(app, **kwargs)
+
+    @property
+    def spec(self) -> Any:
+        """The document as an APISpec, whole."""
+        with self._writing:
+            unwritten, self._unwritten = self._unwritten, []
+            for write in unwritten:
+                write()
+            return self._spec
+
+    @spec.setter
+    def spec(self, spec: Any) -> None:
+        self._spec = spec
+
+    def later(self, write: Callable[[], None]) -> None:
+        """Write more into the document, after what was told before."""
+        self._unwritten.append(write)
+
+    def register_blueprint(self, blp: Any, *, parameters: Any = None, **options: Any) -> None:
+        """As the base class does, but for the document."""
+        name = options.get("name", blp.name)
+        self._app.extensions["flask-smorest"]["blp_name_to_api"][name] = self
+        self._app.register_blueprint(blp, **options)
+        self.later(partial(self._write, blp, name, parameters))
+
+    def _write(self, blueprint: Any, name: str, parameters: Any) -> None:
+        blueprint.register_views_in_doc(self, self._app, self.spec, name=name, parameters=parameters)
+        self.spec.tag({"name": name, "description": blueprint.description})
+
+    def _init_spec(self, **options: Any) -> None:
+        self.later(partial(super()._init_spec, **options))
 
     def _register_error_handlers(self) -> None:
         pass
@@ -76,14 +120,19 @@ def open_api(app: Flask) -> Api:
             "security": [{"X-API-Key": []}, {"Bearer": []}],
         },
     )
-    api.spec.components.security_scheme("X-API-Key", {"type": "apiKey", "in": "header", "name": "X-API-Key"})
-    api.spec.components.security_scheme("Bearer", {"type": "http", "scheme": "bearer"})
+    api.later(partial(_begin, api))
+    return api
+
+
+def _begin(api: Api) -> None:
+    components = api.spec.components
+    components.security_scheme("X-API-Key", {"type": "apiKey", "in": "header", "name": "X-API-Key"})
+    components.security_scheme("Bearer", {"type": "http", "scheme": "bearer"})
     for schema in (*PARAMS.values(), *RESULTS.values()):
         name = type(schema).__name__
-        if name not in api.spec.components.schemas:
-            api.spec.components.schema(name, schema=schema)
+        if name not in components.schemas:
+            components.schema(name, schema=schema)
     api.ma_plugin.converter.add_attribute_function(_params_of_each_type)
-    return api
 
 
 @blueprint.get("/")

@@ -7,21 +7,29 @@
     ├── ScopeMissing            403 scope_missing
     ├── JobNotFound             404 job_not_found
     ├── WorkerNotFound          404 worker_not_found
+    ├── WebhookNotFound         404 webhook_not_found, delivery_not_found
+    ├── KeyNotFound             404 key_not_found
+    ├── HostNotFound            404 host_not_found
+    ├── HostRefusal             as the host answered
     ├── JobEnded                409 job_ended
+    ├── NotAgain                409 job_not_retryable, input_pruned
+    ├── KeyNeeded               409 no_admin_left, key_not_rotated
+    ├── WebhookConflict         409 webhook_disabled, too_many_webhooks, delivery_running
     ├── NotJson                 415 not_json
     ├── Invalid                 422 validation_failed
     ├── KeyReused               422 idempotency_key_reused
-    ├── TooMany                 429 rate_limited, too_many_queued, with Retry-After (app/limits.py)
-    └── Busy                    503, with Retry-After
+    ├── TooMany                 429 rate_limited, too_many_queued (app/limits.py), insufficient_quota (app/quotas.py),
+    │                               with Retry-After
+    ├── Busy                    503, with Retry-After
+    ├── HostAway                502 host_unreachable, host_unusable, host_failed; 504 host_timeout
+    └── those of app/openai/errors.py
 
-Errors of the rooms below are translated here and nowhere else. The one broad handler logs the traceback.
+Errors of the rooms below are translated here and nowhere else. The one broad handler logs its frames.
 """
 
 import json
 import logging
-import re
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -32,15 +40,14 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from app.dispatch import Unavailable
 from app.rows import IdempotencyConflict
-from tasks import reading
+from engines.failure import frames
+from tasks import headers, reading
 
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
 #: A database that is locked or restarting is usually back by then.
 DATABASE_RETRY_S = 2
-
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 class Problem(Exception):
@@ -114,6 +121,78 @@ class WorkerNotFound(Problem):
         super().__init__(f"There is no worker {worker[:64]!r}; GET /api/v1/workers names those there are.")
 
 
+class WebhookNotFound(Problem):
+    """No such webhook or delivery among the caller's own."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "webhook_not_found"
+
+    def __init__(self, webhook_id: str, delivery_id: str | None = None) -> None:
+        if delivery_id is None:
+            super().__init__(f"There is no webhook {webhook_id[:64]!r} among yours.")
+        else:
+            super().__init__(f"Webhook {webhook_id[:64]!r} has no delivery {delivery_id[:64]!r}.")
+            self.code = "delivery_not_found"
+
+
+class WebhookConflict(Problem):
+    """A webhook, or what it has to deliver, is not in a state for this."""
+
+    status = HTTPStatus.CONFLICT
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+class KeyNotFound(Problem):
+    """No key has that id."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "key_not_found"
+
+    def __init__(self, key_id: str) -> None:
+        super().__init__(f"There is no key {key_id[:8]!r}; GET /api/v1/keys names those there are.")
+
+
+class HostNotFound(Problem):
+    """The settings name no such GPU host."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "host_not_found"
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"There is no host {name[:64]!r}; GET /api/v1/hosts names those there are.")
+
+
+class HostRefusal(Problem):
+    """A GPU host refused what it was asked, and said why."""
+
+    def __init__(self, status: HTTPStatus, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.code = status.name.lower()
+
+
+class HostAway(Problem):
+    """A GPU host gave no answer that can be passed on."""
+
+    def __init__(self, status: HTTPStatus, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.code = code
+
+
+class KeyNeeded(Problem):
+    """The key cannot be made, replaced or closed as asked, for the sake of those who need it."""
+
+    status = HTTPStatus.CONFLICT
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
 class JobEnded(Problem):
     """The job had its outcome already."""
 
@@ -122,6 +201,16 @@ class JobEnded(Problem):
 
     def __init__(self, job_id: str, state: str) -> None:
         super().__init__(f"Job {job_id} cannot be cancelled: it is {state}.", extra={"job_status": state})
+
+
+class NotAgain(Problem):
+    """The job cannot be run again."""
+
+    status = HTTPStatus.CONFLICT
+
+    def __init__(self, code: str, detail: str, state: str) -> None:
+        super().__init__(detail, extra={"job_status": state})
+        self.code = code
 
 
 class NotJson(Problem):
@@ -154,8 +243,16 @@ class TooMany(Problem):
 
     status = HTTPStatus.TOO_MANY_REQUESTS
 
-    def __init__(self, code: str, detail: str, *, retry_after_s: int, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(detail, headers={"Retry-After": str(retry_after_s), **(headers or {})})
+    def __init__(
+        self,
+        code: str,
+        detail: str,
+        *,
+        retry_after_s: int,
+        headers: Mapping[str, str] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(detail, headers={"Retry-After": str(retry_after_s), **(headers or {})}, extra=extra)
         self.code = code
 
 
@@ -173,13 +270,17 @@ def request_id() -> str:
     """This request's id: the client's own X-Request-ID where it is a sane one, else a new one."""
     known: str | None = g.get("request_id")
     if known is None:
-        given = request.headers.get("X-Request-ID", "")
-        known = g.request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        known = g.request_id = headers.request_id(request.headers.get("X-Request-ID", ""))
     return known
 
 
-def register(app: Flask) -> None:
-    """Make every error of the app a problem."""
+#: How a part of the API tells a problem.
+Shape = Callable[[Problem], Response]
+
+
+def register(app: Flask, shapes: Mapping[str, Shape] | None = None) -> None:
+    """Make every error of the app a problem. shapes: how it is told below a path that has conventions of its own."""
+    app.extensions["error_shapes"] = dict(shapes or {})
     for kind in (OperationalError, InterfaceError, ProgrammingError, PoolTimeout):
         app.register_error_handler(kind, _database_away)
     app.register_error_handler(Problem, answer)
@@ -191,6 +292,10 @@ def register(app: Flask) -> None:
 
 def answer(problem: Problem) -> Response:
     """The problem as a response; Problems that are raised are answered by themselves."""
+    shapes: Mapping[str, Shape] = current_app.extensions["error_shapes"]
+    for prefix, shape in shapes.items():
+        if request.path.startswith(prefix):
+            return shape(problem)
     status = HTTPStatus(problem.status)
     body: dict[str, Any] = {
         "type": "about:blank",
@@ -245,7 +350,7 @@ def _http(error: HTTPException) -> Response:
 
 
 def _unexpected(error: Exception) -> Response:
-    logger.error("request %s failed", request_id(), exc_info=error)
+    logger.error("request %s failed: %s", request_id(), frames(error))
     problem = Problem("The server failed; its log has the details under this request_id.")
     problem.status = HTTPStatus.INTERNAL_SERVER_ERROR
     problem.code = "internal_error"

@@ -121,3 +121,34 @@ DRY_RUNS: dict[str, Any] = {
         },
     },
 }
+
+_STREAMED = """id: queued-1-1
+event: status
+data: {"status":"queued","attempt":1,"queue_position":1,"estimated_wait_seconds":0,"queued_reason":null}
+
+id: 1-1734508800000-1-0
+event: status
+data: {"status":"running","attempt":1}
+
+id: 1-1734508800000-2-1
+event: token
+data: {"delta":"你好","choice":0,"attempt":1}
+
+id: end
+event: result
+data: {"job_id":"0b0f8f6e-0b1c-4a53-9c54-5a1f0d3a1a11","status":"completed","result":{"response":"你好"}}
+
+"""
+
+#: One server-sent event; data is JSON as text.
+EVENT: dict[str, Any] = {
+    "type": "object",
+    "properties": {"id": {"type": "string"}, "event": {"type": "string"}, "data": {"type": "string"}},
+    "required": ["data"],
+}
+
+#: How the document shows a stream of events.
+EVENTS: dict[str, Any] = {
+    "description": "Server-sent events: status, progress, token; last result or error, whose data is the job.",
+    "content": {"text/event-stream": {"schema": EVENT, "example": _STREAMED}},
+}

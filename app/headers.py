@@ -1,22 +1,9 @@
-"""Headers that every answer carries."""
+"""Puts the headers on every answer of the API."""
 
 from flask import Flask, Response
 
 from app.errors import request_id
-
-#: Answers hold text that models wrote: no browser may take it for a page, show it within one, or act on it.
-FIXED = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
-    "Permissions-Policy": "camera=(), display-capture=(), geolocation=(), microphone=(), payment=(), usb=()",
-    "Cross-Origin-Resource-Policy": "same-origin",
-}
-#: Unless a view has its own: the documentation is the one page there is.
-DEFAULTS = {
-    "Cache-Control": "no-store",
-    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
-}
+from tasks.headers import DEFAULTS, FIXED
 
 
 def register(app: Flask, *, hsts_s: int = 0) -> None:

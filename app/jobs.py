@@ -1,20 +1,18 @@
 """The jobs resource: create, run, read, cancel, list, count."""
 
 import re
-import threading
 from dataclasses import replace
-from typing import Any, assert_never
+from functools import partial
+from typing import Any
 
-from flask import current_app, jsonify, url_for
+from flask import Response, jsonify, url_for
 
 from app import examples
 from app.audit import note_foreign
 from app.auth import caller, requires
-from app.dispatch import Dispatch, Place, Request, Statistics
-from app.errors import Busy, Invalid, JobEnded, JobNotFound
+from app.dispatch import Place, Request, Statistics
+from app.errors import JobEnded, JobNotFound, NotAgain
 from app.keys import Scope
-from app.limits import QueueCap
-from app.origin import HEADER, Origin, UnknownRegion, find_here
 from app.parsing import Blueprint
 from app.rows import JobRow
 from app.schemas import (
@@ -22,6 +20,7 @@ from app.schemas import (
     Cursor,
     DryRun,
     DryRunView,
+    EventsHeaders,
     IdempotencyHeaders,
     JobCancelled,
     JobCreate,
@@ -33,17 +32,18 @@ from app.schemas import (
     QueueQuery,
     QueueStats,
     Shown,
+    StreamQuery,
     SyncQuery,
 )
+from app.streams import END, sse, streams_here
+from app.submission import admit, check_worker, dispatch_here, located, take_turn, turn, verdict
 from tasks.job import JobState
 
 blueprint = Blueprint("jobs", __name__, url_prefix="/api/v1/jobs", description="Send inference jobs, follow them.")
 
-#: When to ask again where no worker is live: a worker needs about this long to load a small model.
-NO_WORKER_RETRY_S = 10
-TOO_MANY_RETRY_S = 1
-
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.IGNORECASE)
+
+_RETRYABLE = frozenset({JobState.FAILED, JobState.TIMEOUT, JobState.CANCELLED})
 
 _DRY_RUN = DryRunView()
 _UNFINISHED = JobUnfinished()
@@ -63,11 +63,11 @@ def create(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> A
 
     Poll the job at Location. Safe to repeat with an Idempotency-Key. With dry_run=true nothing is sent or kept.
     """
-    dispatch = _dispatch()
-    wanted, origin = _located(wanted)
+    dispatch = dispatch_here()
+    wanted, origin = located(wanted)
     if query["dry_run"]:
         return jsonify(_DRY_RUN.dump(DryRun(origin, dispatch.forecast(wanted))))
-    _queue_cap().admit(caller())
+    admit()
     submitted = dispatch.submit(caller().owner, wanted, idempotency_key=headers["idempotency_key"])
     row = submitted.row
     extra = {"Location": url_for("jobs.show", job_id=row.id), "X-Job-Id": row.id}
@@ -87,30 +87,23 @@ def create(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> A
 @blueprint.alt_response(504, schema=JobUnfinished, description="It timed out, or goes on; `detail` says which.")
 def run(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> Any:
     """Send a job and wait for its result."""
-    dispatch = _dispatch()
-    wanted, _ = _located(wanted)
+    dispatch = dispatch_here()
+    wanted, _ = located(wanted)
     timeout_s: float = query["timeout"]
-    if not query["wait_for_worker"] and not dispatch.has_worker(wanted):
-        detail = f"No live worker serves {wanted.type} where this job may run; nothing was submitted."
-        raise Busy("no_worker", detail, retry_after_s=NO_WORKER_RETRY_S)
-    _queue_cap().admit(caller())
+    if not query["wait_for_worker"]:
+        check_worker(wanted)
+    admit()
     # What nobody waits for any more is not begun.
     wanted = replace(wanted, queue_timeout_seconds=min(wanted.queue_timeout_seconds or timeout_s, timeout_s))
-    turns: threading.Semaphore = current_app.extensions["sync_turns"]
-    if not turns.acquire(blocking=False):
-        detail = "Too many requests wait for their jobs; send it with POST /api/v1/jobs, which does not wait."
-        raise Busy("too_many_waiting", detail, retry_after_s=TOO_MANY_RETRY_S)
-    try:
+    with turn():
         submitted = dispatch.submit(caller().owner, wanted, idempotency_key=headers["idempotency_key"], must_send=True)
         row = dispatch.wait(submitted.row, timeout_s)
         if row.status is JobState.QUEUED:
             row = dispatch.give_up(row)
-    finally:
-        turns.release()
     extra = {"X-Job-Id": row.id}
     if submitted.replayed:
         extra["Idempotent-Replayed"] = "true"
-    status, reason = _verdict(row, timeout_s)
+    status, reason = verdict(row, timeout_s)
     if reason is None:
         return Shown(row, Place(), result=dispatch.result(row)), status, extra
     # OpenAI's clients would send a job that failed or takes long twice more.
@@ -118,12 +111,61 @@ def run(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> Any:
     return jsonify(_UNFINISHED.dump(Shown(row, dispatch.place(row), reason, dispatch.progress(row)))), status, extra
 
 
+@blueprint.post("/stream")
+@requires(Scope.INFER)
+@blueprint.arguments(StreamQuery(), location="query")
+@blueprint.arguments(IdempotencyHeaders(), location="headers")
+@blueprint.arguments(JobCreate(), examples=examples.JOBS)
+@blueprint.doc(responses={"200": examples.EVENTS})
+def stream(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> Response:
+    """Send a job and follow it: server-sent events from its place in the queue to its result.
+
+    The answer is 200 whatever becomes of the job: its last event is `result` or `error`. A client that was cut off
+    goes on with GET /api/v1/jobs/{X-Job-Id}/events and Last-Event-ID. Safe to repeat with an Idempotency-Key.
+    """
+    dispatch = dispatch_here()
+    wanted, _ = located(wanted)
+    admit()
+    give_back = take_turn()
+    try:
+        submitted = dispatch.submit(caller().owner, wanted, idempotency_key=headers["idempotency_key"])
+    except BaseException:
+        give_back()
+        raise
+    row = submitted.row
+    extra = {"X-Job-Id": row.id, "Content-Location": url_for("jobs.events", job_id=row.id)}
+    if submitted.replayed:
+        extra["Idempotent-Replayed"] = "true"
+    on_hang_up = partial(dispatch.cancel, row) if query["cancel_on_disconnect"] else None
+    return sse(streams_here().follow(row), on_hang_up=on_hang_up, on_close=give_back, headers=extra)
+
+
+@blueprint.get("/<job_id>/events")
+@requires(Scope.INFER, Scope.READ)
+@blueprint.arguments(EventsHeaders(), location="headers")
+@blueprint.doc(responses={"200": examples.EVENTS, "204": {"description": "The client has had the last event."}})
+def events(headers: dict[str, Any], job_id: str) -> Response:
+    """Follow a job: server-sent events, from now to its result.
+
+    `status` (`running` begins an answer anew), `progress`, `token`; last `result` or `error`. Works for a job in any
+    state. With Last-Event-ID it goes on behind that event, without loss or repeat, for as long as the job runs and a
+    minute longer.
+    """
+    row = _find(job_id)
+    after = headers["last_event_id"]
+    if after == END and row.ended:
+        # Browsers come back until they are told to stop.
+        return Response(status=204)
+    give_back = take_turn()
+    return sse(streams_here().follow(row, after), on_close=give_back, headers={"X-Job-Id": row.id})
+
+
 @blueprint.get("/<job_id>")
 @requires(Scope.INFER, Scope.READ)
 @blueprint.response(200, JobView)
 def show(job_id: str) -> Shown:
     """One job, with its result once it has completed."""
-    row, dispatch = _find(job_id), _dispatch()
+    row, dispatch = _find(job_id), dispatch_here()
     return Shown(row, dispatch.place(row), progress=dispatch.progress(row), result=dispatch.result(row))
 
 
@@ -136,10 +178,36 @@ def cancel(job_id: str) -> dict[str, str]:
 
     To cancel it again is fine; 409 if it had ended otherwise.
     """
-    row = _dispatch().cancel(_find(job_id))
+    row = dispatch_here().cancel(_find(job_id))
     if row.status is not JobState.CANCELLED:
         raise JobEnded(row.id, row.status)
     return {"message": "Job cancelled", "job_id": row.id}
+
+
+@blueprint.post("/<job_id>/retry")
+@requires(Scope.INFER)
+@blueprint.arguments(IdempotencyHeaders(), location="headers")
+@blueprint.response(202, JobCreated, headers={"Location": {"schema": {"type": "string"}}})
+@blueprint.alt_response(409, description="It has not failed, timed out or been cancelled; or its input is gone.")
+def retry(headers: dict[str, Any], job_id: str) -> Any:
+    """Run a job again that failed, timed out or was cancelled: a new job of the same owner, with the same request.
+
+    Its `retry_of` names the old one, which stays as it is. Safe to repeat with an Idempotency-Key.
+    """
+    dispatch, row = dispatch_here(), _find(job_id)
+    if row.status not in _RETRYABLE:
+        detail = f"Job {row.id} is {row.status}; only one that failed, timed out or was cancelled can be run again."
+        raise NotAgain("job_not_retryable", detail, row.status)
+    wanted = dispatch.again(row)
+    if wanted is None:
+        detail = f"The input of job {row.id} is no longer kept; send it anew with POST /api/v1/jobs."
+        raise NotAgain("input_pruned", detail, row.status)
+    admit()
+    submitted = dispatch.submit(row.owner, wanted, idempotency_key=headers["idempotency_key"])
+    extra = {"Location": url_for("jobs.show", job_id=submitted.row.id), "X-Job-Id": submitted.row.id}
+    if submitted.replayed:
+        extra["Idempotent-Replayed"] = "true"
+    return Shown(submitted.row, dispatch.place(submitted.row, submitted.standing)), 202, extra
 
 
 @blueprint.get("")
@@ -150,7 +218,7 @@ def index(query: dict[str, Any]) -> dict[str, Any]:
     """One's own jobs, newest first, without their results."""
     before = query.pop("cursor")
     limit = query.pop("limit")
-    rows = _dispatch().rows.page(caller().sees, **query, limit=limit + 1, before=before)
+    rows = dispatch_here().rows.page(caller().sees, **query, limit=limit + 1, before=before)
     page = rows[:limit]
     if foreign := next((row.owner for row in page if row.owner != caller().owner), None):
         note_foreign(f"{foreign} and others")
@@ -166,51 +234,13 @@ def index(query: dict[str, Any]) -> dict[str, Any]:
 @blueprint.response(200, QueueStats)
 def statistics(query: dict[str, Any]) -> Statistics:
     """What waits and who works, in one region or in all."""
-    return _dispatch().statistics(query["region"])
-
-
-def _dispatch() -> Dispatch:
-    dispatch: Dispatch = current_app.extensions["dispatch"]
-    return dispatch
-
-
-def _queue_cap() -> QueueCap:
-    cap: QueueCap = current_app.extensions["queue_cap"]
-    return cap
-
-
-def _located(wanted: Request) -> tuple[Request, Origin]:
-    """The request with the region of its client, and how that was found."""
-    try:
-        origin = find_here(wanted.region)
-    except UnknownRegion as error:
-        raise Invalid({HEADER: [str(error)]}) from error
-    return replace(wanted, client_region=origin.region), origin
+    return dispatch_here().statistics(query["region"])
 
 
 def _find(job_id: str) -> JobRow:
-    row = _dispatch().look(job_id.lower(), caller().sees) if _UUID.fullmatch(job_id) else None
+    row = dispatch_here().look(job_id.lower(), caller().sees) if _UUID.fullmatch(job_id) else None
     if row is None:
         raise JobNotFound(job_id)
     if row.owner != caller().owner:
         note_foreign(row.owner)
     return row
-
-
-def _verdict(row: JobRow, timeout_s: float) -> tuple[int, str | None]:
-    """The HTTP status of a sync answer, and what to say where it is not the result."""
-    match row.status:
-        case JobState.COMPLETED:
-            return 200, None
-        case JobState.FAILED:
-            return 500, row.error_message or "The job failed."
-        case JobState.CANCELLED:
-            return 409, "The job was cancelled."
-        case JobState.TIMEOUT:
-            return 504, row.error_message or "The job timed out."
-        case JobState.QUEUED:
-            return 504, f"No worker has begun it within {timeout_s:g} s. It is at /api/v1/jobs/{row.id}."
-        case JobState.RUNNING:
-            return 504, f"Not done within {timeout_s:g} s; it goes on. Its result will be at /api/v1/jobs/{row.id}."
-        case _:
-            assert_never(row.status)

@@ -7,10 +7,11 @@ itself that need no key are not limited; whoever else needs none is counted by a
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from flask import Flask, Response, g, request
+from flask import Flask, Response, current_app, g, request
 from flask_limiter import ApplicationLimit, Limiter, RateLimitExceeded
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
@@ -20,6 +21,7 @@ from sqlalchemy import Engine, func, literal, select, text
 from app.auth import ANONYMOUS, LOCAL, Caller
 from app.errors import TooMany, answer
 from app.origin import address_here
+from app.quotas import QuotaCap
 from app.settings import RATE_WINDOW_S, Settings
 from app.tables import jobs
 
@@ -42,9 +44,9 @@ class Kind(StrEnum):
 
 def kind_of(endpoint: str, method: str) -> Kind | None:
     """What a request counts as; None for what is not limited: the orders of admins."""
-    if endpoint == "jobs.run":
+    if endpoint in ("jobs.run", "jobs.stream") or (endpoint.startswith("openai.") and method == "POST"):
         return Kind.SYNC
-    if endpoint == "jobs.create":
+    if endpoint in ("jobs.create", "jobs.retry") or (endpoint.startswith("webhooks.") and method == "POST"):
         return Kind.SUBMIT
     if method == "DELETE":
         return Kind.CANCEL
@@ -86,6 +88,7 @@ def limit_requests(app: Flask, settings: Settings) -> Limiter:
     )
     limiter.request_filter(_is_free)
     limiter.init_app(app)
+    app.extensions["request_limiter"] = limiter
 
     def refuse(_: RateLimitExceeded) -> Response:
         kind = kind_of(request.endpoint or "", request.method)
@@ -100,14 +103,35 @@ def limit_requests(app: Flask, settings: Settings) -> Limiter:
     return limiter
 
 
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How many more requests of a kind a caller may send."""
+
+    limit: int
+    remaining: int
+    #: Whole seconds until it is `limit` again.
+    reset_s: int
+
+
+def room_here() -> Room | None:
+    """What is left of the limit that this request counted towards; None where none does. Asks the store once more."""
+    limiter: Limiter = current_app.extensions["request_limiter"]
+    try:
+        hit = limiter.current_limit
+        return Room(hit.limit.amount, max(0, hit.remaining), _left_s(limiter)) if hit else None
+    except RedisError:
+        return None
+
+
 class QueueCap:
     """How many of an owner's jobs may be queued at a time. Threads may share it.
 
     Exact but for requests that arrive at the same moment, and for what other processes take within COUNT_FRESH_S.
     """
 
-    def __init__(self, engine: Engine, most: int) -> None:
-        """most: 0 is no cap."""
+    def __init__(self, engine: Engine, most: int, quotas: QuotaCap) -> None:
+        """most: 0 is no cap. quotas: what each key may use, which is asked first."""
+        self._quotas = quotas
         self._engine = engine
         self._most = most
         #: How many more each owner may send before its jobs are counted again, and until when that holds.
@@ -116,6 +140,7 @@ class QueueCap:
 
     def admit(self, caller: Caller) -> None:
         """Pass if the caller may queue one job more. Raises TooMany."""
+        self._quotas.admit(caller)
         if not self._most or caller.key == LOCAL:
             return
         owner = caller.owner

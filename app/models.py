@@ -75,7 +75,7 @@ class Live:
 def index(query: dict[str, Any]) -> dict[str, Any]:
     """The catalogue, and what workers have loaded beside it."""
     dispatch: Dispatch = current_app.extensions["dispatch"]
-    live = _live(dispatch.cards())
+    live = live_models(dispatch.cards())
     known = {(row.type, row.id): row for row in MODELS}
     items = []
     for key in [*known, *sorted(live.keys() - known.keys())]:
@@ -101,7 +101,8 @@ def index(query: dict[str, Any]) -> dict[str, Any]:
     return {"items": items}
 
 
-def _live(cards: Iterable[Card]) -> dict[tuple[JobType, str], list[Live]]:
+def live_models(cards: Iterable[Card]) -> dict[tuple[JobType, str], list[Live]]:
+    """Where each model is loaded by a worker that takes jobs."""
     found: dict[tuple[JobType, str, str], list[Card]] = defaultdict(list)
     for card in cards:
         if card.state is WorkerState.READY:

@@ -27,6 +27,12 @@ class Parser(FlaskParser):  # type: ignore[misc]
         except reading.NotAnObject as error:
             raise MalformedBody(str(error)) from error
 
+    def load_querystring(self, req: Request, schema: Schema) -> Any:
+        """The query's parameters. Raises Invalid for one that is given twice: no view takes several values."""
+        if twice := {name: ["Given more than once."] for name, values in req.args.lists() if len(values) > 1}:
+            raise Invalid(twice)
+        return super().load_querystring(req, schema)
+
     def handle_error(self, error: ValidationError, req: Request, schema: Schema, **_: Any) -> NoReturn:
         """Raises Invalid."""
         # webargs has wrapped the messages by location.

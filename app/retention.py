@@ -2,6 +2,8 @@
 
     params and results   RESULT_RETENTION_HOURS after their job ended; GET then shows the job without its result
     rows                 ROW_RETENTION_DAYS after it; with the row goes its Idempotency-Key
+    usage of keys        after USAGE_RETENTION_DAYS
+    the audit log        AUDIT_RETENTION_DAYS after each of its rows was written, hourly; 0 keeps it for ever
     blobs                with what held them; those that no row came to hold, after a day
     the store            what it holds of jobs that have ended or have no row, hourly; the rest has a time to live
     the broker           messages of queues in which no job waits, hourly, where nobody takes them
@@ -22,6 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.blobs import FOLDERS, Blobs
 from app.links import Down, Link, Mailbox, mailboxes
 from app.rows import Rows, Traces
+from engines.failure import frames
 from tasks.job import LIVE
 
 logger = logging.getLogger(__name__)
@@ -45,13 +48,22 @@ class Retention:
     """Deletes what is too old. Threads and processes may do it at once."""
 
     def __init__(
-        self, rows: Rows, links: Mapping[str, Link], blobs: Blobs, *, result_hours: float, row_days: float
+        self,
+        rows: Rows,
+        links: Mapping[str, Link],
+        blobs: Blobs,
+        *,
+        result_hours: float,
+        row_days: float,
+        others: Mapping[str, Callable[[], int]] | None = None,
     ) -> None:
+        """others: delete a batch of what else is too old, by what that is, and say how many there were."""
         self._rows = rows
         self._links = links
         self._blobs = blobs
         self._result_s = result_hours * 3600.0
         self._row_s = row_days * 86_400.0
+        self._others = others or {}
         self._folder = ""
 
     def run(self, leads: threading.Event, stopped: threading.Event) -> None:
@@ -71,11 +83,12 @@ class Retention:
                     swept_at = time.monotonic()
                     self.sweep_stores()
                     self.purge_queues()
+                    self.prune_others(stopped)
             except SQLAlchemyError as error:
                 logger.warning("nothing is pruned while the database is away: %s", type(error).__name__)
-            except Exception:
+            except Exception as error:  # noqa: BLE001 - logged without its own words
                 # It must not end for good: what grows meanwhile is found by nobody else.
-                logger.exception("retention failed and is tried again")
+                logger.error("retention failed and is tried again: %s", frames(error))
 
     def prune(self) -> int:
         """Delete the params and results of one batch of old jobs; how many there were."""
@@ -84,6 +97,15 @@ class Retention:
     def delete(self) -> int:
         """Delete one batch of old rows; how many there were."""
         return self._let_go(self._rows.outdated(self._row_s, BATCH), self._rows.delete, "rows are deleted")
+
+    def prune_others(self, stopped: threading.Event) -> None:
+        """Delete what else is too old, in batches, until stopped is set."""
+        for what, prune in self._others.items():
+            total = count = prune()
+            while count >= BATCH and not stopped.wait(PAUSE_S):
+                total += (count := prune())
+            if total:
+                logger.info("%d %s are deleted", total, what)
 
     def _let_go(self, old: list[Traces], change: Callable[[list[str]], None], what: str) -> int:
         if old:

@@ -7,12 +7,27 @@ outcome is dropped.
 import hashlib
 import json
 import threading
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from sqlalchemy import ColumnElement, Double, Engine, bindparam, case, func, or_, select, tuple_, union_all
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Double,
+    Engine,
+    String,
+    and_,
+    bindparam,
+    case,
+    func,
+    literal,
+    or_,
+    select,
+    tuple_,
+    union_all,
+)
 from sqlalchemy import delete as sql_delete
 from sqlalchemy import insert as sql_insert
 from sqlalchemy import update as sql_update
@@ -21,6 +36,7 @@ from sqlalchemy.exc import IntegrityError
 from app.blobs import MARK
 from app.tables import jobs, leadership, now, open_database
 from engines.catalogue import JobType
+from tasks import routing
 from tasks.job import LIVE, DirectJob, Envelope, JobError, JobState
 
 #: A job whose publish nobody proved is sent by the reconciler after this long.
@@ -61,8 +77,14 @@ class JobRow:
     error_code: str | None
     error_message: str | None
     fingerprint: str | None
+    #: The job that its owner runs again with this one.
+    retry_of: str | None
     sends: int
     withdrawn: bool
+    #: The queue that it is held back from until it is its key's turn (app/turns.py).
+    held_for: str | None
+    #: What it used (app/usage.py).
+    meter: str | None
 
     @property
     def ended(self) -> bool:
@@ -104,7 +126,8 @@ _TRACES = [
     *(case((column.startswith(MARK), column)) for column in (jobs.c.params, jobs.c.result)),
 ]
 # Or to be sent: nobody but its worker has the params of a job that its client brought there.
-_SENT = or_(jobs.c.sends > 0, jobs.c.due_at.is_not(None))
+_SENT = or_(jobs.c.sends > 0, jobs.c.due_at.is_not(None), jobs.c.held_for.is_not(None))
+_HELD = jobs.c.held_for.is_not(None)
 _started = bindparam("started", type_=Double)
 # The store's clock may be behind the database's; nobody shall see a job start before it was made.
 _STARTED_AT = case((jobs.c.created_at > _started, jobs.c.created_at), else_=func.coalesce(_started, now()))
@@ -127,12 +150,15 @@ _INSERT = (
         timeout_seconds=bindparam("timeout_seconds"),
         idempotency_key=bindparam("idempotency_key"),
         fingerprint=bindparam("fingerprint"),
+        retry_of=bindparam("retry_of"),
         status=str(JobState.QUEUED),
         attempt=1,
         version=1,
         created_at=now(),
         queue_deadline=now() + bindparam("queue_timeout_seconds", type_=Double),
-        due_at=now() + UNPROVEN_S,
+        held_for=bindparam("held_for", type_=String),
+        # What is held is not due: nobody sends it before its turn.
+        due_at=case((bindparam("held_for", type_=String).is_(None), now() + UNPROVEN_S), else_=None),
         sends=0,
         withdrawn=False,
     )
@@ -189,6 +215,7 @@ _ENDED = (
         result=bindparam("answer"),
         error_code=bindparam("code"),
         error_message=bindparam("message"),
+        meter=bindparam("used"),
         due_at=None,
     )
     .returning(*_COLUMNS)
@@ -266,10 +293,13 @@ class Rows:
         queue_timeout_seconds: float | None,
         idempotency_key: str | None,
         fingerprint: str | None,
+        retry_of: str | None = None,
+        held_for: str | None = None,
         told_at_once: bool = True,
     ) -> tuple[JobRow, bool]:
         """The new job, or the one that the owner's idempotency key already made; True if it is new.
 
+        held_for: the queue that it waits for until it is released.
         told_at_once: the client hears of the job before it has ended, so it must survive a power cut from now on.
         Raises IdempotencyConflict if that one had another fingerprint.
         """
@@ -288,6 +318,8 @@ class Rows:
             "queue_timeout_seconds": queue_timeout_seconds,
             "idempotency_key": idempotency_key,
             "fingerprint": fingerprint,
+            "retry_of": retry_of,
+            "held_for": held_for,
         }
         found = None
         while found is None:
@@ -348,10 +380,12 @@ class Rows:
         values = {"job": job_id, "of_attempt": attempt, "worker": worker_id, "started": started_at}
         return self._returning(_BEGUN, values)
 
-    def end_with(self, envelope: Envelope, *, started_at: float | None, kept: str | None = None) -> JobRow | None:
+    def end_with(
+        self, envelope: Envelope, *, started_at: float | None, kept: str | None = None, meter: str | None = None
+    ) -> JobRow | None:
         """queued or running -> what a worker says became of it; None if the job had ended before.
 
-        kept: what the row is to hold in place of the result, where that lies elsewhere.
+        kept: what the row is to hold in place of the result, where that lies elsewhere. meter: what it used.
         """
         error = envelope.error
         values = {
@@ -363,6 +397,7 @@ class Rows:
             "answer": kept or (None if envelope.result is None else json.dumps(envelope.result, separators=(",", ":"))),
             "code": error.code if error else None,
             "message": _storable(error.message) if error else None,
+            "used": meter,
         }
         return self._returning(_ENDED, values)
 
@@ -405,6 +440,7 @@ class Rows:
             sends=0,
             worker_id=None,
             run_deadline=None,
+            held_for=None,
             due_at=now(),
         )
 
@@ -453,7 +489,9 @@ class Rows:
                 attempt=jobs.c.attempt + 1,
                 worker_id=None,
                 run_deadline=None,
-                due_at=now(),
+                # What is held waits for its turn there, too.
+                held_for=case((_HELD, routing.queue_name(to, job_type, model)), else_=None),
+                due_at=case((_HELD, None), else_=now()),
             )
         )
         with self._turn, self._engine.connect() as connection:
@@ -477,7 +515,7 @@ class Rows:
 
     def send_again(self, job_id: str) -> JobRow | None:
         """Make a live job due now."""
-        return self._change(jobs.c.id == job_id, _LIVE, due_at=now())
+        return self._change(jobs.c.id == job_id, _LIVE, held_for=None, due_at=now())
 
     def sent(self, jobs_sent: Iterable[tuple[str, int]], *, epoch: str) -> None:
         """The attempts of these (id, attempt) are entered in the store of that epoch, and their messages are out."""
@@ -514,6 +552,45 @@ class Rows:
         some = select(jobs.c.id).where(_LIVE, jobs.c.region == region, jobs.c.due_at.is_not(None)).limit(most)
         with self._engine.connect() as connection:
             return int(connection.execute(select(func.count()).select_from(some.subquery())).scalar_one())
+
+    # What is held until it is its key's turn (app/turns.py)
+
+    def held(self) -> dict[tuple[str, int, str], int]:
+        """How many jobs are held, by queue, priority and owner; reads an index of them."""
+        query = select(jobs.c.held_for, jobs.c.priority, jobs.c.owner, func.count()).where(_INDEXED_QUEUED, _HELD)
+        with self._engine.connect() as connection:
+            found = connection.execute(query.group_by(jobs.c.held_for, jobs.c.priority, jobs.c.owner))
+            return {(queue, priority, owner): count for queue, priority, owner, count in found}
+
+    def held_model(self, queue: str) -> str | None:
+        """The model that the jobs name which are held for the queue; None for any."""
+        with self._engine.connect() as connection:
+            query = select(jobs.c.model).where(_INDEXED_QUEUED, jobs.c.held_for == queue).limit(1)
+            model: str | None = connection.execute(query).scalar()
+        return model
+
+    def held_before(self, row: JobRow, most: int) -> int:
+        """How many held jobs of the same owner and queue are released before this one, counted up to `most`."""
+        own = (_INDEXED_QUEUED, jobs.c.held_for == row.held_for, jobs.c.owner == row.owner)
+        earlier = and_(jobs.c.priority == row.priority, jobs.c.created_at < row.created_at)
+        some = select(literal(1)).where(*own, or_(jobs.c.priority > row.priority, earlier)).limit(most)
+        with self._engine.connect() as connection:
+            return int(connection.execute(select(func.count()).select_from(some.subquery())).scalar_one())
+
+    def release(self, queue: str, priority: int, owner: str, limit: int) -> list[JobRow]:
+        """Hold the owner's next jobs no longer: those are to be sent now, in this order, and are due if nobody does."""
+        held = (
+            _INDEXED_QUEUED,
+            jobs.c.held_for == queue,
+            jobs.c.priority == priority,
+            jobs.c.owner == owner,
+        )
+        some = select(jobs.c.id).where(*held).order_by(jobs.c.created_at).limit(limit).scalar_subquery()
+        statement = sql_update(jobs).where(jobs.c.id.in_(some), *held)
+        statement = statement.values(version=jobs.c.version + 1, held_for=None, due_at=now() + UNPROVEN_S)
+        with self._turn, self._hasty.connect() as connection:
+            released = [_row(found) for found in connection.execute(statement.returning(*_COLUMNS))]
+        return sorted(released, key=lambda row: row.created_at)
 
     # What the reconciler looks for
 
@@ -569,20 +646,57 @@ class Rows:
         with self._engine.connect() as connection:
             return list(connection.execute(select(jobs.c.region).where(_LIVE).distinct()).scalars())
 
+    # For the accounts of what has ended (app/ends.py)
+
+    @contextmanager
+    def together(self) -> Iterator[Connection]:
+        """A connection on which everything is one transaction; for what no client was told of."""
+        level: Any = "SERIALIZABLE" if self._hasty.dialect.name == "sqlite" else "READ COMMITTED"
+        opened = self._hasty.connect().execution_options(isolation_level=level)
+        with self._turn, opened as connection, connection.begin():
+            yield connection
+
+    def note(self, connection: Connection, limit: int) -> list[JobRow]:
+        """Mark ended jobs that nobody has marked yet as noted, withdrawn ones too; those, in no order."""
+        unnoted = (jobs.c.noted_at.is_(None), jobs.c.completed_at.is_not(None))
+        if connection.execute(select(jobs.c.id).where(*unnoted).limit(1)).first() is None:
+            # Without the lock that even an update of no rows takes.
+            return []
+        some = select(jobs.c.id).where(*unnoted).order_by(jobs.c.completed_at).limit(limit).scalar_subquery()
+        statement = sql_update(jobs).where(jobs.c.id.in_(some), *unnoted).values(noted_at=now())
+        return [_row(noted) for noted in connection.execute(statement.returning(*_COLUMNS))]
+
     # For the statistics
 
-    def oldest_waits(self, regions: Sequence[str]) -> dict[str, float | None]:
-        """Seconds that each region's oldest queued job has waited; None where none does."""
+    def oldest_waits(self, regions: Iterable[str]) -> dict[tuple[str, JobType], float]:
+        """Seconds that the oldest queued job of each region and type has waited, where any does."""
+        queues = [(region, job_type) for region in regions for job_type in JobType]
         waits = [
             select(now() - jobs.c.created_at)
-            .where(_INDEXED_QUEUED, jobs.c.region == region)
+            .where(_INDEXED_QUEUED, jobs.c.region == region, jobs.c.type == str(job_type))
             .order_by(jobs.c.created_at)
             .limit(1)
             .scalar_subquery()
-            for region in regions
+            for region, job_type in queues
         ]
         with self._engine.connect() as connection:
-            return dict(zip(regions, connection.execute(select(*waits)).one(), strict=True))
+            found = connection.execute(select(*waits)).one()
+        return {queue: wait for queue, wait in zip(queues, found, strict=True) if wait is not None}
+
+    def pulse(self) -> dict[str, float | None]:
+        """When a job was last accepted, and when one last ended, unix seconds: as long as both stay, no job is new."""
+        newest = select(jobs.c.created_at).order_by(jobs.c.created_at.desc()).limit(1).scalar_subquery()
+        ended = select(func.max(jobs.c.completed_at)).where(jobs.c.pruned_at.is_(None)).scalar_subquery()
+        with self._engine.connect() as connection:
+            accepted_at, ended_at = connection.execute(select(newest, ended)).one()
+        return {"accepted_at": accepted_at, "ended_at": ended_at}
+
+    def overdue_s(self) -> float:
+        """By how many seconds the job that the reconciler has to act on first is overdue; 0 where none is."""
+        # Ordered by the index, which min() would not use on every database.
+        first = select(now() - jobs.c.due_at).where(jobs.c.due_at.is_not(None)).order_by(jobs.c.due_at).limit(1)
+        with self._engine.connect() as connection:
+            return max(connection.execute(first).scalar() or 0.0, 0.0)
 
     def live(self, region: str) -> dict[tuple[JobType, JobState], int]:
         """How many live jobs the region has, by type and state; reads them all."""
@@ -606,9 +720,10 @@ class Rows:
         self._write(sql_update(jobs).where(*ended).values(params="{}", result=None, pruned_at=now()))
 
     def outdated(self, older_than_s: float, limit: int) -> list["Traces"]:
-        """Jobs that ended so long ago, oldest first."""
+        """Jobs that ended so long ago and whose end was noted (app/ends.py), oldest first."""
         # No job ends before it is made, so the index of the newest jobs finds them.
-        old = (jobs.c.created_at <= now() - older_than_s, jobs.c.completed_at <= now() - older_than_s)
+        ended_before = jobs.c.completed_at <= now() - older_than_s
+        old = (jobs.c.created_at <= now() - older_than_s, ended_before, jobs.c.noted_at.is_not(None))
         return self._traces(select(*_TRACES).where(*old).order_by(jobs.c.created_at, jobs.c.id), limit)
 
     def delete(self, job_ids: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 from flask import current_app
 from marshmallow import Schema, ValidationError, fields, post_load, validate, validates
@@ -54,20 +54,32 @@ class WholeSeconds(fields.Integer):
         return None if value is None else math.ceil(value)
 
 
+class Listed(Protocol):
+    """What is shown in pages, newest first."""
+
+    @property
+    def id(self) -> str:
+        """A UUID."""
+
+    @property
+    def created_at(self) -> float:
+        """Unix seconds."""
+
+
 class Cursor(fields.String):
-    """The place after the last job of a page, as clients need not read it."""
+    """The place after the last item of a page, as clients need not read it."""
 
     def _deserialize(  # type: ignore[override]
         self, value: Any, attr: str | None, data: Mapping[str, Any] | None, **kwargs: Any
     ) -> tuple[float, str]:
         try:
-            created_at, job_id = json.loads(base64.urlsafe_b64decode(value))
-            return float(created_at), str(uuid.UUID(job_id))
+            created_at, item_id = json.loads(base64.urlsafe_b64decode(value))
+            return float(created_at), str(uuid.UUID(item_id))
         except (AttributeError, TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValidationError("Must be the next_cursor of an earlier page.") from error
 
     @staticmethod
-    def after(row: JobRow) -> str:
+    def after(row: Listed) -> str:
         """The cursor of the page that follows the row."""
         return base64.urlsafe_b64encode(json.dumps([row.created_at, row.id]).encode()).decode()
 
@@ -131,6 +143,27 @@ class SyncQuery(Schema):
     )
     wait_for_worker = fields.Boolean(
         load_default=True, metadata={"description": "false: 503 at once when no live worker serves such a job."}
+    )
+
+
+class StreamQuery(Schema):
+    """What becomes of a job whose client stops to listen."""
+
+    cancel_on_disconnect = fields.Boolean(
+        load_default=False,
+        metadata={"description": "true: cancel the job if the client hangs up before the last event."},
+    )
+
+
+class EventsHeaders(Schema):
+    """Where a client goes on."""
+
+    last_event_id = fields.String(
+        data_key="Last-Event-ID",
+        load_default=None,
+        metadata={
+            "description": "The id of the last event that the client has; one that is none of ours counts for nothing."
+        },
     )
 
 
@@ -277,6 +310,9 @@ class JobItem(JobCreated):
         metadata={"description": "Grows with every worker that was lost under it and every region it left."},
     )
     error = fields.Nested(ErrorView, allow_none=True)
+    retry_of = fields.UUID(
+        attribute="row.retry_of", allow_none=True, metadata={"description": "The job that it runs again."}
+    )
     queued_reason = fields.String(
         attribute="place.reason", allow_none=True, metadata={"description": "Why it still waits."}
     )

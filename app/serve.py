@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import resource
 import signal
 import sys
@@ -9,13 +10,15 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import waitress
+from dotenv import find_dotenv, load_dotenv
 from flask import Flask
 from sqlalchemy.exc import DBAPIError
 
 from app.auth import is_loopback
 from app.keys import Keys
 from app.settings import Settings
-from tasks import memory
+from app.streams import Streams
+from tasks import logs, memory, tracing
 from tasks.settings import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -34,7 +37,11 @@ REFUSAL_ROOM_BYTES = 1024 * 1024
 
 def main() -> None:
     """Serve until SIGTERM or SIGINT."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    load_dotenv(find_dotenv(usecwd=True))
+    try:
+        logs.set_up(logging.INFO, os.environ)
+    except SettingsError as error:
+        _refuse(str(error))
     # It writes two lines whenever /ready asks whether the database is current.
     logging.getLogger("alembic").setLevel(logging.WARNING)
     try:
@@ -50,7 +57,15 @@ def main() -> None:
     _check_keys(settings, app.extensions["keys"])
     _allow_files(settings)
     server = _open(app, settings)
-    signal.signal(signal.SIGTERM, _leave)
+    streams: Streams = app.extensions["streams"]
+
+    def leave(_: int, __: FrameType | None) -> NoReturn:
+        # Streams end at their next look, within the time that waitress leaves to running requests.
+        streams.stopping.set()
+        raise SystemExit(0)
+
+    signal.signal(signal.SIGTERM, leave)
+    signal.signal(signal.SIGINT, leave)
     mounted = app.extensions.get("gpu_admin")
     if mounted is not None:
         mounted.host.instances.watch()
@@ -60,6 +75,7 @@ def main() -> None:
     if mounted is not None:
         mounted.host.instances.close()
     app.extensions["dispatch"].close()
+    tracing.stop()
     logger.info("the API has stopped")
 
 
@@ -108,6 +124,8 @@ def _open(app: Flask, settings: Settings) -> Any:
             asyncore_use_poll=True,
             max_request_body_size=settings.max_body_bytes + REFUSAL_ROOM_BYTES,
             ident=None,
+            # Without reading ahead waitress does not notice that a client has hung up.
+            channel_request_lookahead=1,
             # The Guard has to see that a request came through a proxy.
             clear_untrusted_proxy_headers=False,
         )
@@ -115,10 +133,6 @@ def _open(app: Flask, settings: Settings) -> Any:
         if error.errno == errno.EADDRINUSE:
             _refuse(f"Port {settings.port} is in use. Stop what uses it, or set PORT to another one.")
         _refuse(f"Cannot listen on HOST={settings.host}, PORT={settings.port}: {error.strerror or error}.")
-
-
-def _leave(_: int, __: FrameType | None) -> NoReturn:
-    raise SystemExit(0)
 
 
 def _refuse(message: str) -> NoReturn:

@@ -11,7 +11,9 @@ from ipaddress import IPv4Network, IPv6Network
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError
 
+from app import gpu_hosts
 from app.backlog import MAX_UNSENT
+from app.gpu_hosts import GpuHost
 from tasks import transport
 from tasks.reading import MOST_BODY_BYTES, near
 from tasks.routing import Region
@@ -35,6 +37,16 @@ RATE_CANCEL = 100
 MAX_QUEUED = 1000
 RESULT_RETENTION_HOURS = 24
 ROW_RETENTION_DAYS = 30
+#: Jobs of a queue that are sent ahead of the workers at the least; 0 lets keys take no turns (app/turns.py).
+FAIR_WINDOW = 64
+#: A year of usage, and a month to look at it.
+USAGE_RETENTION_DAYS = 400
+#: For ever: where the database lets nobody delete from it, to try would be an error each hour.
+AUDIT_RETENTION_DAYS = 0
+#: Where a control process shows its metrics.
+CONTROL_METRICS_HOST = "127.0.0.1"
+CONTROL_METRICS_PORT = 9109
+WEBHOOK_DISABLE_DAYS = 5
 
 _ORIGIN = re.compile(r"https?://[a-z0-9._-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?")
 
@@ -69,8 +81,17 @@ class Settings:
     #: Hours after its end for which a job's params and result are kept, and days for which its row is.
     result_retention_hours: int = RESULT_RETENTION_HOURS
     row_retention_days: int = ROW_RETENTION_DAYS
+    #: Days for which it is known what each key used.
+    usage_retention_days: int = USAGE_RETENTION_DAYS
+    #: Days for which rows of the audit log are kept; 0 is for ever.
+    audit_retention_days: int = AUDIT_RETENTION_DAYS
+    #: Where a control process serves /metrics; port 0 is nowhere.
+    control_metrics_host: str = CONTROL_METRICS_HOST
+    control_metrics_port: int = CONTROL_METRICS_PORT
     #: Serve the admin API of this host too; its settings are gpu_admin's own.
     gpu_admin_mount: bool = False
+    #: Other GPU hosts, whose admin API is reached through this one.
+    gpu_hosts: Mapping[str, GpuHost] = field(default_factory=dict)
     #: Requests of one key in RATE_WINDOW_S seconds: creates, sync ones, reads, cancels. 0 is no limit.
     rate_submit: int = RATE_SUBMIT
     rate_sync: int = RATE_SYNC
@@ -78,8 +99,17 @@ class Settings:
     rate_cancel: int = RATE_CANCEL
     #: Jobs of one owner that may be queued at a time. 0 is no cap.
     max_queued_per_key: int = MAX_QUEUED
+    #: The fewest jobs of a queue that are sent before others wait for their key's turn. 0: all are sent at once.
+    fair_window: int = FAIR_WINDOW
     #: Sites whose pages may call the API from a browser, as https://app.example.com.
     cors_origins: Sequence[str] = ()
+    #: Internal networks that webhooks may be sent to, and whether they may go without TLS.
+    webhook_networks: Sequence[Network] = ()
+    webhook_http: bool = False
+    #: A webhook that nothing has reached for so many days is disabled.
+    webhook_disable_days: int = WEBHOOK_DISABLE_DAYS
+    #: Where clients reach the API, as https://gpu.example.com; webhooks name jobs by it. Empty: by their path alone.
+    public_url: str = ""
     #: For how long browsers are told to come by TLS alone; 0 tells them nothing. Only where TLS stands in front.
     hsts_s: int = 0
 
@@ -104,17 +134,28 @@ class Settings:
             allow_anonymous=_truth(environ, "GPU_ALLOW_ANONYMOUS"),
             max_body_bytes=_whole(environ, "MAX_BODY_BYTES", MOST_BODY_BYTES, least=1024, most=1024**3),
             max_unsent=_whole(environ, "MAX_UNSENT", MAX_UNSENT, least=1, most=10_000_000),
-            trusted_proxies=_proxies(environ),
+            trusted_proxies=_network_list(environ, "TRUSTED_PROXIES"),
             client_regions=_networks(environ, regions),
             direct_token_s=_whole(environ, "DIRECT_TOKEN_SECONDS", DIRECT_TOKEN_S, least=5, most=300),
             **_retention(environ),
+            # Quotas count a month.
+            usage_retention_days=_whole(environ, "USAGE_RETENTION_DAYS", USAGE_RETENTION_DAYS, least=32, most=36_500),
+            audit_retention_days=_whole(environ, "AUDIT_RETENTION_DAYS", AUDIT_RETENTION_DAYS, least=0, most=36_500),
+            control_metrics_host=environ.get("CONTROL_METRICS_HOST") or CONTROL_METRICS_HOST,
+            control_metrics_port=_whole(environ, "CONTROL_METRICS_PORT", CONTROL_METRICS_PORT, least=0, most=65_535),
             gpu_admin_mount=_truth(environ, "GPU_ADMIN_MOUNT"),
+            gpu_hosts=gpu_hosts.load(environ),
             rate_submit=_whole(environ, "RATE_SUBMIT", RATE_SUBMIT, least=0, most=1_000_000),
             rate_sync=_whole(environ, "RATE_SYNC", RATE_SYNC, least=0, most=1_000_000),
             rate_read=_whole(environ, "RATE_READ", RATE_READ, least=0, most=1_000_000),
             rate_cancel=_whole(environ, "RATE_CANCEL", RATE_CANCEL, least=0, most=1_000_000),
             max_queued_per_key=_whole(environ, "MAX_QUEUED_PER_KEY", MAX_QUEUED, least=0, most=10_000_000),
+            fair_window=_whole(environ, "FAIR_WINDOW", FAIR_WINDOW, least=0, most=1_000_000),
             cors_origins=_origins(environ),
+            webhook_networks=_network_list(environ, "WEBHOOK_ALLOWED_NETWORKS"),
+            webhook_http=_truth(environ, "WEBHOOK_ALLOW_HTTP"),
+            webhook_disable_days=_whole(environ, "WEBHOOK_DISABLE_DAYS", WEBHOOK_DISABLE_DAYS, least=1, most=365),
+            public_url=_public_url(environ),
             hsts_s=_whole(environ, "HSTS_SECONDS", 0, least=0, most=2**31),
         )
 
@@ -153,9 +194,16 @@ def _truth(environ: Mapping[str, str], name: str) -> bool:
     return environ.get(name, "").strip().lower() in ("1", "true", "yes", "on")
 
 
-def _proxies(environ: Mapping[str, str]) -> list[Network]:
-    texts = [text.strip() for text in environ.get("TRUSTED_PROXIES", "").split(",")]
-    return [_network("TRUSTED_PROXIES", text) for text in texts if text]
+def _network_list(environ: Mapping[str, str], name: str) -> list[Network]:
+    texts = [text.strip() for text in environ.get(name, "").split(",")]
+    return [_network(name, text) for text in texts if text]
+
+
+def _public_url(environ: Mapping[str, str]) -> str:
+    url = environ.get("PUBLIC_URL", "").strip().rstrip("/")
+    if url and not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#]*)?", url):
+        raise SettingsError(f"PUBLIC_URL must be like https://gpu.example.com, not {url!r}.")
+    return url
 
 
 def _origins(environ: Mapping[str, str]) -> list[str]:

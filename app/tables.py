@@ -12,6 +12,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import (
+    BigInteger,
     Boolean,
     CheckConstraint,
     Column,
@@ -44,6 +45,10 @@ _STATES = ", ".join(f"'{state}'" for state in JobState)
 _IS_LIVE = text("status IN ('queued', 'running')")
 _IS_QUEUED = text("status = 'queued'")
 _IS_WHOLE = text("pruned_at IS NULL AND completed_at IS NOT NULL")
+_IS_UNNOTED = text("noted_at IS NULL AND completed_at IS NOT NULL")
+_IS_UNCOUNTED = text("noted_at IS NULL")
+_IS_HELD = text("status = 'queued' AND held_for IS NOT NULL")
+_IS_TO_BE_SENT = text("next_at IS NOT NULL")
 
 jobs = Table(
     "jobs",
@@ -75,6 +80,8 @@ jobs = Table(
     Column("completed_at", Double),
     #: When its params and its result were deleted, a while after its end (app/retention.py).
     Column("pruned_at", Double),
+    #: When its end was handed to whoever keeps account of ends (app/ends.py).
+    Column("noted_at", Double),
     #: Queued for longer than this, it times out.
     Column("queue_deadline", Double),
     #: Running for longer than this, it times out even if its worker says nothing. Null while it waits for a worker,
@@ -87,12 +94,18 @@ jobs = Table(
     Column("error_message", Text),
     Column("idempotency_key", String(255)),
     Column("fingerprint", String(64)),
+    #: The job that it runs again, which may be deleted by now.
+    Column("retry_of", String(36)),
     #: When the reconciler has to act on it: send it, or tell the ledger of its cancel. Null: nothing to do.
     Column("due_at", Double),
     Column("sends", Integer, nullable=False),
     Column("sent_at", Double),
     #: The life of the store that it was last entered into.
     Column("store_epoch", String(32)),
+    #: The queue that it is held back from until it is its key's turn (app/turns.py); null once it may be sent.
+    Column("held_for", String(352)),
+    #: What it used, as JSON (app/usage.py); null where no worker said.
+    Column("meter", Text),
     #: Taken back before anybody was told of it; invisible, and removed once the ledger has forgotten it.
     Column("withdrawn", Boolean, nullable=False),
     CheckConstraint(f"status IN ({_STATES})", name="known_status"),
@@ -106,7 +119,15 @@ jobs = Table(
     Index("epochs", "region", "store_epoch", sqlite_where=_IS_LIVE, postgresql_where=_IS_LIVE),
     Index("resends", "region", "type", "sent_at", sqlite_where=_IS_LIVE, postgresql_where=_IS_LIVE),
     Index("prunable", "completed_at", sqlite_where=_IS_WHOLE, postgresql_where=_IS_WHOLE),
-    Index("oldest_queued", "region", "created_at", sqlite_where=_IS_QUEUED, postgresql_where=_IS_QUEUED),
+    Index("unnoted", "completed_at", sqlite_where=_IS_UNNOTED, postgresql_where=_IS_UNNOTED),
+    Index("unnoted_of_owner", "owner", sqlite_where=_IS_UNCOUNTED, postgresql_where=_IS_UNCOUNTED),
+    Index(
+        "held",
+        *("held_for", "priority", "owner", "created_at"),
+        sqlite_where=_IS_HELD,
+        postgresql_where=_IS_HELD,
+    ),
+    Index("oldest_queued", "region", "type", "created_at", sqlite_where=_IS_QUEUED, postgresql_where=_IS_QUEUED),
     Index("queued_of_owner", "owner", sqlite_where=_IS_QUEUED, postgresql_where=_IS_QUEUED),
 )
 
@@ -123,6 +144,33 @@ api_keys = Table(
     Column("revoked_at", Double),
     #: Whom its jobs belong to; keys that replace one another have the same.
     Column("owner", String(64), nullable=False),
+    #: How many turns it has for each turn of a key of weight 1, and what it may use, as JSON; keys of one owner have
+    #: the same.
+    Column("weight", Integer, nullable=False, server_default="1"),
+    Column("quotas", Text, nullable=False, server_default="{}"),
+)
+
+#: What each owner used on each day (app/usage.py).
+usage = Table(
+    "usage",
+    metadata,
+    Column("owner", String(64), primary_key=True),
+    #: Of the jobs' ends, in days since 1970 by UTC.
+    Column("day", Integer, primary_key=True, autoincrement=False),
+    Column("type", String(16), primary_key=True),
+    #: The model that ran; else the one that was asked for, '' for any.
+    Column("model", String(255), primary_key=True),
+    #: Jobs, by what became of them.
+    Column("completed", BigInteger, nullable=False),
+    Column("failed", BigInteger, nullable=False),
+    Column("cancelled", BigInteger, nullable=False),
+    Column("timeout", BigInteger, nullable=False),
+    Column("prompt_tokens", BigInteger, nullable=False),
+    Column("completion_tokens", BigInteger, nullable=False),
+    Column("images", BigInteger, nullable=False),
+    Column("audio_s", Double, nullable=False),
+    Column("gpu_s", Double, nullable=False),
+    Index("usage_days", "day"),
 )
 
 #: Rows are only added (app/audit.py).
@@ -155,6 +203,64 @@ signing_key = Table(
     Column("id", Integer, primary_key=True),
     #: 256 random bits in hex.
     Column("secret", String(64), nullable=False),
+)
+
+
+#: Where a key's owner wants to hear of the ends of jobs (app/webhooks.py).
+webhooks = Table(
+    "webhooks",
+    metadata,
+    Column("id", String(36), primary_key=True),
+    Column("owner", String(64), nullable=False),
+    Column("url", String(2048), nullable=False),
+    Column("description", String(255), nullable=False),
+    #: What it hears of, with commas between: `job.completed,job.failed`, and of which job types; empty for all.
+    Column("events", String(255), nullable=False),
+    Column("job_types", String(255), nullable=False),
+    #: What deliveries are signed with, as `whsec_` and base64: no digest would do.
+    Column("secret", String(128), nullable=False),
+    #: The one before, and until when it signs too.
+    Column("old_secret", String(128)),
+    Column("old_secret_until", Double),
+    Column("enabled", Boolean, nullable=False),
+    #: Why it is not, where nobody asked for it.
+    Column("disabled_reason", Text),
+    #: Since when no delivery has arrived; null while they do.
+    Column("failing_since", Double),
+    Column("created_at", Double, nullable=False),
+    Index("webhooks_of_owner", "owner"),
+)
+
+#: What is or was to be told to a webhook; the log of it, and the outbox.
+webhook_deliveries = Table(
+    "webhook_deliveries",
+    metadata,
+    #: Made of the webhook's and the job's: there is one for each end.
+    Column("id", String(36), primary_key=True),
+    Column("webhook_id", String(36), nullable=False),
+    #: Null for a test.
+    Column("job_id", String(36)),
+    Column("event", String(32), nullable=False),
+    Column("body", Text, nullable=False),
+    Column("state", String(16), nullable=False),
+    #: Tries since it was made or replayed.
+    Column("tries", SmallInteger, nullable=False),
+    #: The newest attempts as JSON (app/deliveries.py).
+    Column("log", Text, nullable=False),
+    Column("created_at", Double, nullable=False),
+    #: When it is tried next; while one process tries it, when another one may.
+    Column("next_at", Double),
+    #: Whose try counts.
+    Column("claim", String(32)),
+    Index("newest_of_webhook", "webhook_id", "created_at", "id"),
+    Index(
+        "deliveries_due",
+        "webhook_id",
+        "next_at",
+        sqlite_where=_IS_TO_BE_SENT,
+        postgresql_where=_IS_TO_BE_SENT,
+    ),
+    Index("oldest_deliveries", "created_at"),
 )
 
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from app.links import Down, Link, nearest
 from app.rows import JobRow, Rows
@@ -85,16 +86,37 @@ def place(row: JobRow, links: Mapping[str, Link], standing: Standing | None = No
     return Place(ahead + 1, routing.estimated_wait_s(ahead, load), _why_busy(row, load, ahead))
 
 
-def statistics(links: Mapping[str, Link], rows: Rows) -> Statistics:
+def held_place(row: JobRow, links: Mapping[str, Link], own: int, held: int) -> Place:
+    """The same of a job that is held until it is its key's turn.
+
+    own: held jobs of its key before it; held: about how many of all keys.
+    """
+    link = links.get(row.region)
+    try:
+        if link is None or row.held_for is None:
+            raise Down
+        load = link.load(row.type, row.model)
+        ahead = held + link.mailbox.ahead[row.priority].get().get(row.held_for, 0)
+        if load.slots == 0:
+            return Place(ahead + 1, None, _why_nobody(row, link.cards(), links))
+    except Down:
+        return Place(reason=_why_unreachable(row))
+    before = "1 job of its key is" if own == 1 else f"{own} jobs of its key are"
+    reason = f"It is held until it is its key's turn, as keys take turns by weight; {before} held before it."
+    return Place(ahead + 1, routing.estimated_wait_s(ahead, load), reason)
+
+
+def statistics(links: Mapping[str, Link], rows: Rows, held: Mapping[str, int] = MappingProxyType({})) -> Statistics:
     """Queues and workers of these regions, at a cost that does not depend on the depth.
 
+    held: jobs that are in no store yet because it is not their key's turn, by queue.
     A region whose store cannot be reached counts what the rows say, which costs as much as it has live jobs. Raises
     Down if none can be reached.
     """
     by_type: Counter[JobType] = Counter(dict.fromkeys(JobType, 0))
     by_region: dict[str, RegionStatistics] = {}
     waits: list[float] = []
-    oldest = rows.oldest_waits(list(links))
+    oldest = rows.oldest_waits(links)
     down: Down | None = None
     for name, link in links.items():
         depths: Counter[JobType] = Counter()
@@ -103,6 +125,9 @@ def statistics(links: Mapping[str, Link], rows: Rows) -> Statistics:
             for queue, queued in link.queues().items():
                 depths[routing.split_queue(queue)[1]] += queued.depth
                 running += queued.running
+            for queue, count in held.items():
+                region, job_type = routing.split_queue(queue)
+                depths[job_type] += count if region == name else 0
             workers = sum(card.state is WorkerState.READY for card in link.cards())
             for job_type in JobType:
                 wait_s = routing.estimated_wait_s(depths[job_type], link.load(job_type))
@@ -114,7 +139,8 @@ def statistics(links: Mapping[str, Link], rows: Rows) -> Statistics:
             depths = Counter({job_type: live.get((job_type, JobState.QUEUED), 0) for job_type in JobType})
             running = sum(count for (_, state), count in live.items() if state is JobState.RUNNING)
         by_type += depths
-        by_region[name] = RegionStatistics(depths.total(), running, workers, oldest[name], reachable)
+        oldest_s = max((wait_s for (region, _), wait_s in oldest.items() if region == name), default=None)
+        by_region[name] = RegionStatistics(depths.total(), running, workers, oldest_s, reachable)
     if down is not None and not any(region.reachable for region in by_region.values()):
         raise down
     return Statistics(
@@ -122,7 +148,7 @@ def statistics(links: Mapping[str, Link], rows: Rows) -> Statistics:
         running=sum(region.running for region in by_region.values()),
         available_workers=sum(region.available_workers for region in by_region.values()),
         estimated_wait_s=max(waits, default=None),
-        oldest_wait_s=max((wait_s for wait_s in oldest.values() if wait_s is not None), default=None),
+        oldest_wait_s=max(oldest.values(), default=None),
         by_type={job_type: by_type[job_type] for job_type in JobType},
         by_region=by_region,
     )

@@ -79,6 +79,9 @@ class WorkerList(Schema):
     items = fields.List(fields.Nested(WorkerView), allow_none=True, metadata={"description": "null without admin."})
 
 
+_VIEW = WorkerView()
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     """A worker as an admin is shown it."""
@@ -191,6 +194,14 @@ def resume(worker: str) -> dict[str, Any]:
         return {"name": worker, "drained": False}
     _order(found, drain=False)
     return _views([replace(shown, drained=False) for shown in found])[0]
+
+
+def everyone(links: Mapping[str, Link]) -> list[dict[str, Any]]:
+    """Every worker of the regions that can be reached, as an admin is shown it. Raises Unavailable."""
+    found, _ = _read(links.values())
+    found.sort(key=lambda shown: (shown.card.region, shown.card.name, shown.card.worker_id))
+    views: list[dict[str, Any]] = _VIEW.dump(_views(found), many=True)
+    return views
 
 
 def _links() -> Mapping[str, Link]:

@@ -5,7 +5,19 @@ import sys
 
 from engines import packaged
 
-MEASUREMENTS = ("overhead", "depth", "chat", "llm_engine", "engines", "fleet", "failover", "load", "gpu_admin")
+MEASUREMENTS = (
+    "overhead",
+    "depth",
+    "chat",
+    "llm_engine",
+    "engines",
+    "fleet",
+    "failover",
+    "load",
+    "limits",
+    "gpu_admin",
+    "metrics",
+)
 
 
 def main() -> None:

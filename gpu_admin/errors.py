@@ -1,6 +1,7 @@
-"""What goes wrong at the HTTP edge, answered as {"detail": ...}. The one broad handler logs the traceback."""
+"""What goes wrong at the HTTP edge, answered as {"detail": ...}. The one broad handler logs its frames."""
 
 import logging
+import traceback
 from http import HTTPStatus
 
 from flask import Flask, Response, jsonify, request
@@ -38,7 +39,9 @@ def _http(error: HTTPException) -> Response:
 
 
 def _unexpected(error: Exception) -> Response:
-    logger.error("%s %s failed", request.method, request.path, exc_info=error)
+    # Not in its own words: they may quote the request, whose settings of an instance can hold passwords.
+    where = "".join(traceback.format_tb(error.__traceback__)).rstrip()
+    logger.error("%s %r failed: %s\n%s", request.method, request.path[:200], type(error).__name__, where)
     return _answer("The server failed; its log has the details.", HTTPStatus.INTERNAL_SERVER_ERROR)
 
 

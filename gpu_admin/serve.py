@@ -1,10 +1,12 @@
 """What gunicorn is told when it serves this package; see gunicorn.conf.py."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from gpu_admin import logs
 from gpu_admin.auth import is_loopback
 from gpu_admin.environment import read_settings
 from gpu_admin.host import open_host
@@ -19,7 +21,7 @@ EXIT_REFUSED = 2
 
 def address() -> str:
     """Where the settings say to listen. Ends the process, with a line, if they are wrong."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logs.set_up(os.environ)
     try:
         settings = read_settings()
     except SettingsError as error:

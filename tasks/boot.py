@@ -26,7 +26,7 @@ import celeryconfig
 from engines import catalogue
 from engines.catalogue import DEFAULT_ON_CPU, DEFAULT_ON_GPU, JobType, Model, UnknownModel
 from engines.contract import Device, Engine, EngineLoadError, JobCancelled, ServerAway
-from tasks import bootstrap, consuming, memory, routing, settings, transport
+from tasks import bootstrap, consuming, logs, memory, routing, settings, tracing, transport
 from tasks.channel import Listener
 from tasks.duty import Duty, Hours
 from tasks.fleet import Card, WorkerState
@@ -45,7 +45,6 @@ STORE_TIMEOUT_S = 5.0
 BULK_TIMEOUT_S = 120.0
 #: How long the store may take to come up beside a worker that is started with it.
 STORE_PATIENCE_S = 10.0
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 _worker: settings.WorkerSettings | None = None
 _home: routing.Region | None = None
@@ -64,20 +63,27 @@ def station() -> Station:
 @signals.setup_logging.connect
 def _log(loglevel: int, logfile: str | None = None, **_: Any) -> None:
     """Celery leaves logging alone where this is connected; called by it too late for what is said while loading."""
-    logging.basicConfig(level=loglevel, format=LOG_FORMAT, filename=logfile)
+    logs.set_up(loglevel, os.environ, logfile)
     # Celery's own default is WARNING; what becomes of each job is worth a line.
     for name in ("tasks", "engines"):
         logging.getLogger(name).setLevel(min(loglevel, logging.INFO))
 
 
 @signals.celeryd_init.connect
-def _configure(sender: str, conf: Any, options: dict[str, Any], **_: Any) -> None:
+def _configure(sender: str, instance: Any, conf: Any, options: dict[str, Any], **_: Any) -> None:
     """Give Celery the broker, store and queues of the region that this worker serves, before it sets them up."""
     global _worker, _home
     logfile = options.get("logfile")
+    try:
+        # Celery's banner is no JSON object.
+        instance.quiet = instance.quiet or logs.is_json(os.environ)
+    except settings.SettingsError as error:
+        logging.basicConfig(format=logs.TEXT)
+        _refuse(error)
     # The sender is the node's name, which a path may name parts of: %n, %h.
     _log(mlevel(options.get("loglevel") or logging.WARNING), node_format(logfile, sender) if logfile else None)
     try:
+        tracing.start("worker", os.environ)
         for name, known in settings.misspelled(os.environ).items():
             logger.warning("%s is no variable of ours; did you mean %s?", name, known)
         queues = str_to_list(options.get("queues")) or []
@@ -134,7 +140,9 @@ def _start(sender: Any, **_: Any) -> None:
     duty = _duty(engines, worker)
     sender.concurrency = min(sum(duty.slots.values()), worker.max_concurrent_jobs or sys.maxsize)
     consuming.attach(sender, duty)
-    opened.equip(engines, models, duty, warnings)
+    from engines import loading
+
+    opened.equip(engines, models, duty, warnings, lambda: loading.memory_used(device))
     if door is not None:
         from tasks.direct import DirectServer
 
@@ -180,6 +188,7 @@ def _stop(**_: Any) -> None:
         _direct.close(_told()[0].drain_grace_s + FALL_GRACE_S)
     if _station is not None:
         _station.close()
+    tracing.stop()
 
 
 def _told() -> tuple[settings.WorkerSettings, routing.Region]:

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from tasks import settings
+from tasks import settings, transport
 from tasks.options import SettingsError, WorkerSettings, mask_url, near
 from tasks.routing import Region
 
@@ -65,10 +65,19 @@ def home(
 def fetch(worker: WorkerSettings, region: str | None, *, patience_s: float = PATIENCE_S) -> Region:
     """What the API at server.url says about a region, or about its default one.
 
-    Raises SettingsError if it refuses, ServerAway if it cannot be reached for patience_s.
+    Raises SettingsError if it refuses, and ServerAway if it cannot be reached for patience_s.
     """
     url = f"{worker.server_url}{PATH}"
     shown = mask_url(url)
+    if transport.is_exposed(url) and not worker.allow_plaintext:
+        # Not refused: the user's own example is such a URL.
+        logger.warning(
+            "%s is not on this machine and not behind TLS: this worker's key, and the passwords of broker and store in "
+            "the answer, cross the network in plain text. Set server.url (GPU_SERVER_URL) to https://, or "
+            "server.allow_plaintext (%s) to true where that network is trusted.",
+            shown,
+            transport.VARIABLE,
+        )
     ends = time.monotonic() + patience_s
     pause_s = FIRST_PAUSE_S
     while True:
@@ -140,7 +149,7 @@ def _read(answer: requests.Response, shown: str) -> Region:
     if answer.status_code == HTTPStatus.OK or "code" not in said:
         raise SettingsError(
             f"{shown} answers {answer.status_code}, but not as this platform's API does. Look at server.url "
-            "(GPU_SERVER_URL): it is the API's address without a path, such as http://gpu.example.com:8000."
+            "(GPU_SERVER_URL): it is the API's address without a path, such as https://gpu.example.com."
         )
     refused_key = answer.status_code in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN)
     hint = (

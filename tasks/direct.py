@@ -16,14 +16,13 @@ import queue
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from http import HTTPStatus
 from typing import Any
 from urllib.parse import urlsplit
 
 import waitress
-from flask import Flask, Response, request
+from flask import Flask, Response, g, request
 from marshmallow import ValidationError
 from waitress import wasyncore
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
@@ -31,7 +30,8 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 from engines import catalogue
 from engines.catalogue import JobType, UnknownModel
 from engines.contract import JobCancelled, Progress, Text
-from tasks import addresses, reading, showing, tokens
+from engines.failure import frames
+from tasks import addresses, headers, logs, reading, showing, tokens
 from tasks.fleet import WorkerState
 from tasks.job import DirectJob, Envelope, JobState
 from tasks.ledger import Ledger, StoreError
@@ -130,6 +130,7 @@ class Brought:
             "priority": direct.priority,
             "timeout_seconds": direct.timeout_seconds,
             "attempt": 1,
+            "retry_of": None,
             "error": {"code": error.code, "message": error.message} if error else None,
             "queued_reason": None,
             "progress": None,
@@ -201,6 +202,7 @@ class DirectServer:
         app.register_error_handler(HTTPException, _http)
         app.register_error_handler(StoreError, _store_away)
         app.register_error_handler(Exception, _unexpected)
+        app.before_request(lambda: logs.of_request(_request_id()))
         app.after_request(_complete)
         return app
 
@@ -430,14 +432,13 @@ def _answer(refusal: Refusal) -> Response:
         "status": refusal.status.value,
         "detail": refusal.detail,
         "code": refusal.code,
-        "request_id": uuid.uuid4().hex,
+        "request_id": _request_id(),
         **refusal.extra,
     }
     if refusal.errors is not None:
         body["errors"] = refusal.errors
     # ASCII: a field's name may hold a lone surrogate, which UTF-8 cannot carry.
-    headers = {**refusal.headers, "X-Request-ID": body["request_id"]}
-    return Response(json.dumps(body), refusal.status.value, headers, content_type="application/problem+json")
+    return Response(json.dumps(body), refusal.status.value, refusal.headers, content_type="application/problem+json")
 
 
 def _http(error: HTTPException) -> Response:
@@ -456,11 +457,21 @@ def _store_away(error: StoreError) -> Response:
 
 
 def _unexpected(error: Exception) -> Response:
-    logger.error("a direct request failed", exc_info=error)
+    logger.error("a direct request failed: %s", frames(error))
     return _answer(Refusal(HTTPStatus.INTERNAL_SERVER_ERROR, "internal_error", "The worker failed; its log has more."))
 
 
 def _complete(response: Response) -> Response:
-    response.headers["X-Content-Type-Options"] = "nosniff"
-    response.headers.setdefault("Cache-Control", "no-store")
+    response.headers["X-Request-ID"] = _request_id()
+    response.headers.update(headers.FIXED)
+    for name, value in headers.DEFAULTS.items():
+        response.headers.setdefault(name, value)
     return response
+
+
+def _request_id() -> str:
+    """This request's id."""
+    known: str | None = g.get("request_id")
+    if known is None:
+        known = g.request_id = headers.request_id(request.headers.get("X-Request-ID", ""))
+    return known

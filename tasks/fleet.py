@@ -53,6 +53,12 @@ class Card:
     direct_url: str | None = None
     #: Jobs that run now, by job type.
     busy: Mapping[JobType, int] = field(default_factory=dict)
+    #: Jobs that are computed together now, by job type; of engines that can say.
+    batch: Mapping[JobType, int] = field(default_factory=dict)
+    #: What the process holds for its engines, and what everybody uses of the GPU (None for the CPU), to a tenth: the
+    #: same card need not be read twice.
+    engine_memory_gib: float | None = None
+    gpu_memory_used_gib: float | None = None
 
     def encode(self) -> str:
         """As JSON text."""
@@ -63,8 +69,8 @@ class Card:
         """The card that encode() wrote, in this version or a later one."""
         known = {entry.name for entry in fields(cls)}
         said = {name: value for name, value in json.loads(text).items() if name in known}
-        for name in ("models", "slots", "busy"):
-            said[name] = {JobType(job_type): value for job_type, value in said[name].items()}
+        for name in ("models", "slots", "busy", "batch"):
+            said[name] = {JobType(job_type): value for job_type, value in said.get(name, {}).items()}
         return cls(**{**said, "state": WorkerState(said["state"])})
 
 
@@ -77,6 +83,10 @@ class Roster:
             self._by_region.setdefault(card.region, []).append(card)
         self._loads: dict[tuple[str, JobType, str | None], Load] = {}
         self._beside: dict[tuple[str, JobType, str | None], list[str]] = {}
+
+    def all(self) -> list[Card]:
+        """Every worker."""
+        return [card for cards in self._by_region.values() for card in cards]
 
     def of(self, region: str) -> list[Card]:
         """The region's workers."""

@@ -15,7 +15,9 @@ def infer(task: Any, job_id: str, attempt: int) -> str:
     Raises JobFailed after the failure has been recorded.
     """
     job_type = JobType(task.name.removeprefix("tasks."))
-    word = boot.station().execute(Job(job_id, job_type, attempt))
+    # What the publisher added to the message's headers, where traces are on.
+    traceparent = getattr(task.request, "traceparent", None) or ""
+    word = boot.station().execute(Job(job_id, job_type, attempt), traceparent)
     if word in (JobState.FAILED, JobState.TIMEOUT):
         raise JobFailed(word)
     return word

@@ -9,6 +9,7 @@ that ends at once, and workers that do not outlive it.
 import argparse
 import contextlib
 import io
+import json
 import os
 import shlex
 import signal
@@ -17,6 +18,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from urllib.parse import urlsplit, urlunsplit
 
 from dotenv import find_dotenv, load_dotenv
@@ -28,7 +30,7 @@ from supervisor.process import Subprocess
 from supervisor.states import ProcessStates, SupervisorStates
 from supervisor.supervisord import Supervisor
 
-from tasks import bootstrap, devices, routing, settings
+from tasks import bootstrap, devices, logs, routing, settings
 from tasks.devices import Seat
 from tasks.lifeline import die_with
 from tasks.options import EXIT_CONFIG, DirectSettings, SettingsError, WorkerSettings
@@ -114,17 +116,18 @@ def _direct(direct: DirectSettings, index: int, count: int) -> dict[str, str]:
 
 
 class Screen:
-    """Lines with the name of who said them in front."""
+    """Lines with the name of who said them in front, or JSON objects, as they said them or made of what they said."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, as_json: bool = False) -> None:
         self._width = width
+        self._as_json = as_json
         self._begun: defaultdict[str, bytes] = defaultdict(bytes)
 
     def show(self, name: str, line: str) -> None:
         """Print one line."""
         # The terminal or the reader of our pipe may be gone; that is no reason to stop serving.
         with contextlib.suppress(OSError):
-            print(f"{name:<{self._width}} | {line}", flush=True)  # noqa: T201
+            print(self._object(name, line) if self._as_json else f"{name:<{self._width}} | {line}", flush=True)  # noqa: T201
 
     def hear(self, name: str, data: bytes) -> None:
         """Print what completes a line."""
@@ -135,6 +138,13 @@ class Screen:
         for line in lines:
             # A progress bar draws over itself; the last state of it is enough.
             self.show(name, line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace"))
+
+    @staticmethod
+    def _object(name: str, line: str) -> str:
+        if line.startswith('{"') and line.endswith("}"):
+            return line
+        now = datetime.now(UTC).isoformat()
+        return json.dumps({"time": now, "level": "INFO", "logger": name, "message": line}, ensure_ascii=False)
 
     def end(self, name: str) -> None:
         """Print a line that will not be completed."""
@@ -344,6 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(arguments)
     load_dotenv(find_dotenv(usecwd=True))
     try:
+        as_json = logs.is_json(os.environ)
         worker = settings.load_worker(os.environ)
         seats = devices.here(asked.devices, worker.device_id)
         plans = plan(
@@ -355,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The workers run in this folder, so that relative paths mean what they mean here; the code is found from any.
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     plans = [replace(told, environ={"PYTHONPATH": path, **told.environ}) for told in plans]
-    screen = Screen(max(len(name) for name in (US, *(told.name for told in plans))))
+    screen = Screen(max(len(name) for name in (US, *(told.name for told in plans))), as_json)
     return Launcher(plans, int(worker.drain_grace_s) + STOP_MARGIN_S, screen).run()
 
 

@@ -21,10 +21,12 @@ Keys of a region's store:
     reliability:{name} hash   a worker's good outcomes and faults, fading; gone after eight half-lives
     news              zset    jobs whose record changed since it was last copied into the row, by sequence
     done:{id}         list    what sync waiters block on: when it started, and the envelope
+    events:{id}       stream  what a run says, and its end: id is when it began and the entry's number; tasks/stream.py
     speed:{queue}     hash    running mean of the seconds a completed job took, of a type and of each model that ran;
                               gone after 30 days without one
     direct:secret     string  what the tokens of direct mode are signed with
     discarded, forged         outcomes that came too late, and that no worker of ours wrote, counted
+    trace:{id}        string  the span that sent the job first, as a traceparent; only where traces are on
     epoch             string  made once per life of the store: another value means that everything was lost
     led               string  until when the database said that control leads: one that says less is an older copy
 """
@@ -62,10 +64,17 @@ ORDER_TTL_S = 90 * 24 * 3600
 DRAIN, RESUME = "drain", "resume"
 #: How long an outcome that nobody folded is kept.
 OUTCOME_TTL_S = 24 * 3600
+#: How long the trace of a job is known; what happens to it later is in a trace of its own.
+TRACE_TTL_S = 24 * 3600
 #: How long the mark of a cancelled or folded job stays, for messages and submits that come late.
 TOMBSTONE_TTL_S = 600
 #: Params and results that are longer than this, in characters, go by a client with more patience.
 BULK_CHARS = 256 * 1024
+#: Entries of what a job says; a run writes its own so slowly that they suffice (tasks/stream.py).
+MOST_ENTRIES = 10_000
+#: How long they are kept after the last one, and after the job's end.
+EVENTS_TTL_S = 3600
+ENDED_EVENTS_TTL_S = 60
 #: One blocking wait; the record is looked at again between two of them.
 WAIT_SLICE_S = 5.0
 #: Of one client to a store; the threads of a process are fewer.
@@ -172,6 +181,18 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
+class Said:
+    """What a run says since it was last told: how far it has come, and the next entry of its job's stream."""
+
+    job_id: str
+    attempt: int
+    progress: Progress | None
+    number: int
+    #: JSON text.
+    entry: str
+
+
+@dataclass(frozen=True, slots=True)
 class Seen:
     """A worker as the store knows it."""
 
@@ -215,6 +236,9 @@ class Ledger:
         count = scripts.pop("count")
         for name in ("finish", "orphans"):
             scripts[name] = count + scripts[name]
+        say = scripts.pop("say")
+        for name in ("tell", "finish", "cancel", "withdraw"):
+            scripts[name] = say + scripts[name]
         standing = scripts.pop("standing")
         for name in ("put", "stand"):
             scripts[name] = standing + scripts[name]
@@ -309,9 +333,12 @@ class Ledger:
         queues = cast(list[str], self.store.hkeys("queues"))
         pipe = self.store.pipeline(transaction=False)
         for queue in queues:
-            # put.lua: the rank times 2^48, plus the order of arrival.
-            pipe.zcount(f"wait:{queue}", "-inf", f"({(10 - priority) * 2**48}")
+            pipe.zcount(f"wait:{queue}", "-inf", _after(priority))
         return dict(zip(queues, pipe.execute() if queues else [], strict=True))
+
+    def waiting(self, queue: str, priority: int) -> int:
+        """How many jobs of the queue wait that would run before a new one of this priority."""
+        return int(self.store.zcount(f"wait:{queue}", "-inf", _after(priority)))
 
     def progress(self, job_id: str) -> Progress | None:
         """How far a running job has come, as its worker last said."""
@@ -320,6 +347,26 @@ class Ledger:
             return None
         done, total, unit = said.split(" ", 2)
         return Progress(float(done), int(total) if total else None, unit)
+
+    def hear(self, job_id: str, after: tuple[int, int], wait_s: float, count: int) -> list[tuple[str, dict[str, str]]]:
+        """Id and fields of the next entries of a job's stream, waited for, at most WAIT_SLICE_S.
+
+        after: the last one that was heard, as the two parts of its id; (0, 0) begins with the last run there is.
+        """
+        stream, start = f"events:{job_id}", f"{after[0]}-{after[1]}"
+        if after == (0, 0) and (newest := cast(Any, self.store.xrevrange(stream, count=1))):
+            # Before its first entry: a wake-up has the number 0.
+            start = f"{int(newest[0][0].partition('-')[0]) - 1}-{2**64 - 1}"
+        if wait_s and self._waiting is None:
+            raise ValueError("This ledger was opened without a client for waiting.")
+        client = self._waiting if wait_s and self._waiting else self.store
+        block_ms = max(int(1000 * min(wait_s, WAIT_SLICE_S)), 1) if wait_s else None
+        found = cast(Any, client.xread({stream: start}, count=count, block=block_ms))
+        if not found:
+            return []
+        # By name with RESP3, in pairs with RESP2.
+        ((_, entries),) = found.items() if isinstance(found, dict) else found
+        return cast(list[tuple[str, dict[str, str]]], entries[0] if isinstance(found, dict) else entries)
 
     def traffic(self, queues: Iterable[str]) -> dict[str, Traffic]:
         """What waits and runs in these queues and in every other that jobs were ever entered for."""
@@ -396,6 +443,7 @@ class Ledger:
             pipe.hdel(f"job:{job_id}", "outcome", "params", "direct")
             pipe.expire(f"job:{job_id}", TOMBSTONE_TTL_S)
             pipe.expire(f"celery-task-meta-{job_id}", TOMBSTONE_TTL_S)
+            pipe.expire(f"events:{job_id}", ENDED_EVENTS_TTL_S)
         pipe.execute()
 
     def refuse(self, job_id: str, said: str, *, queue: str, worker_id: str | None = None) -> bool:
@@ -411,6 +459,22 @@ class Ledger:
     def forged(self) -> int:
         """How many outcomes were refused in this life of the store."""
         return int(cast(str | None, self.store.get("forged")) or 0)
+
+    def discarded(self) -> int:
+        """How many outcomes came too late for their attempt in this life of the store."""
+        return int(cast(str | None, self.store.get("discarded")) or 0)
+
+    def lost_workers(self) -> int:
+        """How many workers left without a word within LOST_TTL_S and did not come back."""
+        return self.store.zcard("lost")
+
+    def note_trace(self, job_id: str, traceparent: str) -> None:
+        """Note the span that sends the job, for whoever sends it again or folds it; the first one stands."""
+        self.store.set(f"trace:{job_id}", traceparent, nx=True, ex=TRACE_TTL_S)
+
+    def trace(self, job_id: str) -> str:
+        """The span that sent the job first; empty where none was noted."""
+        return cast(str | None, self.store.get(f"trace:{job_id}")) or ""
 
     def orphans(self) -> list[tuple[str, str]]:
         """(worker id, job id) of every job whose worker's lease has ended; a worker that was lost is counted once."""
@@ -498,10 +562,19 @@ class Ledger:
         )
         return started / 1000 if started else None
 
-    def finish(self, envelope: Envelope, *, queue: str, name: str = "", model_queue: str | None = None) -> bool:
+    def finish(
+        self,
+        envelope: Envelope,
+        *,
+        queue: str,
+        name: str = "",
+        model_queue: str | None = None,
+        said: Sequence[tuple[int, str]] = (),
+    ) -> bool:
         """Hand in an outcome, and wake everyone who waits for it; False if the attempt is no longer ours.
 
         name: the worker's, for which the outcome counts; without it it counts for nobody.
+        said: number and JSON text of what the run said and the store has not got.
         queue: the type's, and model_queue the one of the jobs that name the model that ran: whose mean it enters.
         """
         ran = envelope.run_s if envelope.outcome is JobState.COMPLETED else ""
@@ -530,6 +603,9 @@ class Ledger:
                     ran,
                     *(reliability.weigh(envelope) if name else (0, 0)),
                     reliability.HALF_LIFE_S,
+                    MOST_ENTRIES,
+                    ENDED_EVENTS_TTL_S,
+                    *(word for entry in said for word in entry),
                 ],
             )
         )
@@ -552,14 +628,12 @@ class Ledger:
         )
         return Heard(cancelled, lost, ghosts, bool(drained))
 
-    def tell(self, worker_id: str, progress: Mapping[str, Progress]) -> None:
-        """Show how far jobs have come that the worker holds, by job id."""
-        said = [
-            word
-            for job_id, event in progress.items()
-            for word in (job_id, f"{event.done} {'' if event.total is None else event.total} {event.unit}")
-        ]
-        self._run["tell"](keys=[], args=[worker_id, *said])
+    def tell(self, worker_id: str, said: Sequence[Said]) -> None:
+        """Show what jobs say that the worker holds; of those that it does not, nothing."""
+        words: list[str | int] = []
+        for each in said:
+            words += [each.job_id, each.attempt, _progress_text(each.progress), each.number, each.entry]
+        self._run["tell"](keys=[], args=[worker_id, MOST_ENTRIES, EVENTS_TTL_S, *words])
 
     def retire(self, worker_id: str, *, name: str = "", told: bool = True) -> None:
         """End the lease now; what the worker still held is taken over at once.
@@ -640,6 +714,12 @@ class Ledger:
         return self._bulk
 
 
+def _after(priority: int) -> str:
+    """The score after every job of this priority."""
+    # put.lua: the rank times 2^48, plus the order of arrival.
+    return f"({(10 - priority) * 2**48}"
+
+
 def _record(fields: list[str | None]) -> Record | None:
     state, attempt, worker, started, outcome, direct = fields
     if state is None:
@@ -653,6 +733,12 @@ def _record(fields: list[str | None]) -> Record | None:
         direct=_read(DirectJob.decode, direct),
         said=outcome or "",
     )
+
+
+def _progress_text(progress: Progress | None) -> str:
+    if progress is None:
+        return ""
+    return f"{progress.done} {'' if progress.total is None else progress.total} {progress.unit}"
 
 
 def _read(decode: Callable[[str], T], text: str | None) -> T | None:

@@ -69,7 +69,7 @@ class WorkerSettings:
     #: Its region's broker and store; None means the server's answer, else the embedded Valkey of this machine.
     broker_url: str | None = None
     store_url: str | None = None
-    #: Speak to them without TLS although they are not on this machine.
+    #: Speak to them and to server_url without TLS although they are not on this machine.
     allow_plaintext: bool = False
     #: Code of their own that models may run, as id@commit.
     trust_remote_code: tuple[str, ...] = ()
@@ -302,7 +302,7 @@ OPTIONS: tuple[Option, ...] = (
         "GPU_ALLOW_PLAINTEXT",
         "allow_plaintext",
         Kind.TRUTH,
-        "Speak to a broker and store elsewhere without TLS: only where the network between is trusted.",
+        "Speak to API, broker and store elsewhere without TLS: only where the network between is trusted.",
     ),
     Option(
         "trust_remote_code",

@@ -50,8 +50,10 @@ class Publisher:
         self._queue_named = cache(partial(celeryconfig.queue_named, broker=broker))
         self._origin = anon_nodename()
 
-    def publish(self, job: Job, *, queue: str, priority: int) -> None:
+    def publish(self, job: Job, *, queue: str, priority: int, traceparent: str = "") -> None:
         """Send the job's message to a queue. An error does not prove that it was not sent.
+
+        traceparent: the span that sends it, by W3C Trace Context; empty while there are no traces.
 
         Celery's own send_task builds the same message in four times as long.
         Source: Celery's message protocol, task messages version 2.
@@ -78,6 +80,7 @@ class Publisher:
                     "argsrepr": repr(args),
                     "kwargsrepr": "{}",
                     "origin": self._origin,
+                    **({"traceparent": traceparent} if traceparent else {}),
                 },
                 correlation_id=job.id,
                 exchange=target.exchange.name,

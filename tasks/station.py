@@ -9,14 +9,15 @@ import logging
 import os
 import threading
 import time
-import traceback
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 from engines.catalogue import JobType
 from engines.contract import (
+    Batching,
     Engine,
     EngineBroken,
     EngineError,
@@ -27,11 +28,14 @@ from engines.contract import (
     Progress,
     Text,
 )
-from tasks import routing
+from engines.failure import frames
+from engines.schemas import with_defaults
+from tasks import logs, routing, tracing
 from tasks.duty import Duty
 from tasks.fleet import Card, WorkerState
 from tasks.job import DirectJob, Envelope, Job, JobError, JobState
 from tasks.ledger import BEAT_S, LEASE_S, Answer, Claim, Ledger, StoreError
+from tasks.stream import Feed, Teller
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +47,8 @@ EXIT_BROKEN = 70
 FALL_GRACE_S = 3.0
 #: The process of a drained worker ends so long after its grace period, or after it closed, whatever hangs.
 END_S = 6.0
-#: How often the progress of running jobs is shown.
-TELL_EVERY_S = 0.5
+#: How often the card says anew how much memory is used.
+MEASURE_EVERY_S = 5.0
 #: While engines load, other threads may not run for a while; no job depends on that lease.
 LOADING_LEASE_S = 60.0
 _RETRY_S = 0.5
@@ -62,20 +66,24 @@ class Run:
         self,
         job: Job,
         timeout_s: float,
+        feed: Feed,
         listen: Callable[[Progress | Text], None] | None = None,
         ticket: str = "",
     ) -> None:
-        """listen: hears what the engine says, for the client that brought the job here; None for one of a queue.
+        """feed: takes what the engine says to the store.
+
+        listen: hears what the engine says, for the client that brought the job here; None for one of a queue.
 
         ticket: what the outcome must carry.
         """
         self.job = job
         self.ticket = ticket
         self.timeout_s = timeout_s
+        self.feed = feed
         self.listen = listen
         self.began = time.monotonic()
-        #: What the engine said last of how far it has come.
-        self.progress: Progress | None = None
+        #: Of the engine's run, where traces are on.
+        self.span: Any = None
         self._interruption: JobInterrupted | None = None
 
     @property
@@ -89,12 +97,14 @@ class Run:
 
     def report(self, event: Progress | Text) -> None:
         """Raises JobInterrupted once the job must stop."""
-        if isinstance(event, Progress):
-            self.progress = event
         if self._interruption is not None:
             raise self._interruption
         if time.monotonic() > self.deadline:
             raise JobTimedOut(f"It ran longer than {self.timeout_s:g} s.")
+        self.feed.say(event)
+        if self.span is not None and isinstance(event, Progress):
+            told = {"done": event.done, "unit": event.unit, **({} if event.total is None else {"total": event.total})}
+            self.span.add_event("progress", told)
         if self.listen is not None:
             self.listen(event)
 
@@ -130,6 +140,9 @@ class Station:
         self._warnings = warnings or {}
         self._duty = duty or Duty(card.slots)
         self._leave = leave
+        #: What the card says of memory, as it was measured last.
+        self._held_gib: float | None = None
+        self._used_gib: float | None = None
         self._hang_grace_s = hang_grace_s
         self._beat_s = beat_s
         self._runs: dict[str, Run] = {}
@@ -147,7 +160,7 @@ class Station:
         self._drained = False
         self._fallen: str | None = None
         self._beating = threading.Thread(target=self._beat_for_ever, name="beat", daemon=True)
-        self._telling = threading.Thread(target=self._tell_for_ever, name="progress", daemon=True)
+        self._teller = Teller(ledger, card.worker_id)
 
     @property
     def worker_id(self) -> str:
@@ -160,7 +173,15 @@ class Station:
         with self._lock:
             busy = Counter(run.job.type for run in self._runs.values())
         state = self._duty.state if self._opened else self._card.state
-        return dataclasses.replace(self._card, busy=dict(busy), state=state)
+        batch = {name: engine.batch for name, engine in self._engines.items() if isinstance(engine, Batching)}
+        return dataclasses.replace(
+            self._card,
+            busy=dict(busy),
+            state=state,
+            batch=batch,
+            engine_memory_gib=self._held_gib,
+            gpu_memory_used_gib=self._used_gib,
+        )
 
     @property
     def duty(self) -> Duty:
@@ -178,8 +199,14 @@ class Station:
         models: Mapping[JobType, str],
         duty: Duty,
         warnings: Mapping[JobType, str],
+        memory: Callable[[], tuple[float, float | None]] | None = None,
     ) -> None:
-        """Take what has been loaded; jobs may come from now on, as the duty has it."""
+        """Take what has been loaded; jobs may come from now on, as the duty has it.
+
+        memory: measures what the engines hold and what is used of the GPU, in GiB (engines.loading.memory_used).
+        """
+        if memory is not None:
+            threading.Thread(target=self._measure_for_ever, args=[memory], name="memory", daemon=True).start()
         self._engines, self._warnings, self._duty = engines, warnings, duty
         self._card = dataclasses.replace(self._card, models=models, slots=duty.slots)
         if self._drained:
@@ -191,7 +218,7 @@ class Station:
         self._try_to_beat()
         if not self._beating.is_alive():
             self._beating.start()
-        self._telling.start()
+        self._teller.start()
 
     def close(self) -> None:
         """Give back what still runs, and end the lease."""
@@ -199,6 +226,7 @@ class Station:
         self._wait_until_idle(FALL_GRACE_S)
         self._stop.set()
         self._wake.set()
+        self._teller.stop()
         if self._beating.is_alive():
             self._beating.join(timeout=2 * BEAT_S)
         try:
@@ -250,21 +278,29 @@ class Station:
         for run in runs:
             run.interrupt(interruption)
 
-    def execute(self, job: Job) -> str:
-        """Begin, run and finish one attempt; the word says what became of the message, for Flower and logs."""
-        claim = self._begin(job)
+    def execute(self, job: Job, traceparent: str = "") -> str:
+        """Begin, run and finish one attempt; the word says what became of the message, for Flower and logs.
+
+        traceparent: the span that sent it.
+        """
+        with logs.of_job(job.id), self._span(job, traceparent):
+            return self._execute(job)
+
+    def _execute(self, job: Job) -> str:
+        with tracing.span("begin"):
+            claim = self._begin(job)
         if claim is None or claim.answer is not Answer.RUN:
             word = "released" if claim is None else claim.answer.lower()
             logger.info("job %s attempt %d is not run: %s", job.id, job.attempt, word)
             return word
-        run = Run(job, claim.timeout_s, ticket=claim.ticket)
+        run = Run(job, claim.timeout_s, Feed(self._teller, job), ticket=claim.ticket)
         with self._lock:
             self._runs[job.id] = run
+        self._teller.open(run.feed)
         try:
             return self._conclude(run, self._outcome(run, claim))
         finally:
-            with self._lock:
-                self._runs.pop(job.id, None)
+            self._forget(run)
 
     def enter(
         self, job_id: str, direct: DirectJob, listen: Callable[[Progress | Text], None]
@@ -275,7 +311,8 @@ class Station:
         """
         if self._fallen is not None or self._stop.is_set() or self.card.state is not WorkerState.READY:
             raise StationClosed
-        run = Run(Job(job_id, direct.type, 1), direct.timeout_seconds, listen, direct.ticket)
+        job = Job(job_id, direct.type, 1)
+        run = Run(job, direct.timeout_seconds, Feed(self._teller, job), listen, direct.ticket)
         # Before the ledger has it, or a beat in between would call it a ghost.
         with self._lock:
             if job_id in self._runs:
@@ -288,19 +325,39 @@ class Station:
             if started_at is None:
                 with self._lock:
                     self._runs.pop(job_id, None)
-        return None if started_at is None else (run, started_at)
+        if started_at is None:
+            return None
+        self._teller.open(run.feed)
+        return run, started_at
 
     def serve(self, run: Run, params: Mapping[str, Any]) -> Envelope:
         """Run what enter() has begun, record what came of it, and say the same to its client."""
         try:
-            envelope = self._outcome(run, Claim(Answer.RUN, params, run.timeout_s))
+            with logs.of_job(run.job.id), self._span(run.job):
+                envelope = self._outcome(run, Claim(Answer.RUN, params, run.timeout_s))
             if envelope is None or self._conclude(run, envelope) == "discarded":
                 message = "Its worker cannot go on, or was thought lost; send it again."
                 return self._envelope(run, JobState.FAILED, error=JobError("worker_lost", message))
             return envelope
         finally:
-            with self._lock:
-                self._runs.pop(run.job.id, None)
+            self._forget(run)
+
+    def _forget(self, run: Run) -> None:
+        self._teller.close(run.feed)
+        with self._lock:
+            self._runs.pop(run.job.id, None)
+
+    def _span(self, job: Job, parent: str = "") -> AbstractContextManager[Any]:
+        return tracing.span(
+            "job",
+            parent=parent,
+            kind="consumer",
+            job_id=job.id,
+            type=job.type,
+            attempt=job.attempt,
+            worker_id=self.worker_id,
+            region=self._card.region,
+        )
 
     def _begin(self, job: Job) -> Claim | None:
         token = uuid.uuid4().hex
@@ -319,7 +376,9 @@ class Station:
             engine = self._engines.get(job.type)
             if engine is None:
                 raise EngineError(f"This worker runs no {job.type}.", code="no_engine")
-            result = engine.run(claim.params, run.report)
+            with tracing.span("engine.run", model=self._card.models.get(job.type)) as run.span:
+                # An API that is not upgraded yet, or was not when it took the job, knows fewer params.
+                result = engine.run(with_defaults(job.type, claim.params), run.report)
             if run.listen is not None and run.cancelled:
                 # Its client is answered before the row is written: a cancel that came during the last step must win.
                 raise JobCancelled
@@ -344,8 +403,7 @@ class Station:
             return self._envelope(run, JobState.FAILED, error=JobError(error.code, error.message))
         except Exception as error:  # noqa: BLE001 - one job's failure, told to its client
             # Where, but not the error's own words: they quote what the client sent.
-            frames = "".join(traceback.format_tb(error.__traceback__)).rstrip()
-            logger.error("job %s failed inside the engine: %s\n%s", job.id, type(error).__name__, frames)
+            logger.error("job %s failed inside the engine: %s", job.id, frames(error))
             message = f"The engine failed with {type(error).__name__}; the worker's log has the details."
             return self._envelope(run, JobState.FAILED, error=JobError("engine_error", message))
 
@@ -354,10 +412,14 @@ class Station:
             return "released" if self._fallen is None else "abandoned"
         queue = routing.queue_name(self._card.region, run.job.type)
         model_queue = routing.queue_name(self._card.region, run.job.type, self._card.models.get(run.job.type))
-        taken = self._patiently(
-            run.job,
-            lambda: self._ledger.finish(envelope, queue=queue, name=self._card.name, model_queue=model_queue),
-        )
+        said = self._teller.close(run.feed)
+        with tracing.span("finish", outcome=envelope.outcome):
+            taken = self._patiently(
+                run.job,
+                lambda: self._ledger.finish(
+                    envelope, queue=queue, name=self._card.name, model_queue=model_queue, said=said
+                ),
+            )
         word = str(envelope.outcome) if taken else "discarded"
         logger.info("job %s attempt %d: %s after %.3f s", run.job.id, run.job.attempt, word, envelope.run_s)
         return word
@@ -445,19 +507,17 @@ class Station:
             # So that the card shows it.
             self._wake.set()
 
-    def _tell_for_ever(self) -> None:
-        """Show progress from a thread of its own: the engine's must not wait for the store, nor must the lease."""
-        told: dict[str, Progress] = {}
-        while not self._stop.wait(TELL_EVERY_S):
-            with self._lock:
-                now = {job_id: run.progress for job_id, run in self._runs.items() if run.progress is not None}
-            news = {job_id: progress for job_id, progress in now.items() if told.get(job_id) != progress}
+    def _measure_for_ever(self, memory: Callable[[], tuple[float, float | None]]) -> None:
+        """In a thread of its own: a driver that does not answer must hold up neither lease nor progress."""
+        while True:
             try:
-                if news:
-                    self._ledger.tell(self.worker_id, news)
-                told = now
-            except StoreError as error:
-                logger.debug("progress is not shown; the store is away: %s", error)
+                held, used = memory()
+                self._held_gib, self._used_gib = round(held, 1), None if used is None else round(used, 1)
+            except Exception as error:  # noqa: BLE001 - a broken device is found out by the next job
+                logger.debug("the memory cannot be measured: %s", frames(error))
+                self._held_gib = self._used_gib = None
+            if self._stop.wait(MEASURE_EVERY_S):
+                return
 
     def _watch(self) -> None:
         """Give the process up if a step hangs past its job's deadline; nothing else frees the device."""

@@ -7,10 +7,10 @@ from urllib.parse import urlsplit
 from tasks.options import SettingsError, mask_url
 from tasks.routing import Region
 
-#: Says that the network between here and broker and store is trusted.
+#: Says that the network between here and API, broker and store is trusted.
 VARIABLE = "GPU_ALLOW_PLAINTEXT"
 #: Schemes with TLS.
-_SECURE = ("rediss", "valkeys", "amqps", "pyamqps")
+_SECURE = ("rediss", "valkeys", "amqps", "pyamqps", "https")
 
 
 def check(regions: Iterable[Region], *, allowed: bool) -> None:

@@ -21,16 +21,24 @@ from tests.rig import Platform, free_port
 from tests.servers import Postgres, RabbitMq
 
 STARTED_S = 10
+#: Files that take half a minute or more by themselves: begun last, they would keep one process busy and no other.
+LONG = ("tests/test_journey.py", "local/test_up.py", "app/test_serve.py", "fuzz/test_cases.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The journey first: it takes a minute by itself, and the others would have ended long before it."""
-    items.sort(key=lambda item: item.path.name != "test_journey.py")
+    """The long files first."""
+
+    def place(item: pytest.Item) -> int:
+        return next((at for at, name in enumerate(LONG) if item.path.match(name)), len(LONG))
+
+    items.sort(key=place)
 
 
 # No test's worker is told anything by the config.yaml of whoever runs the tests, no admin API by gpu_admin.yaml.
 os.environ["GPU_CONFIG"] = os.devnull
 os.environ["GPU_ADMIN_CONFIG"] = os.devnull
+# Nor do their control processes fight for one port.
+os.environ["CONTROL_METRICS_PORT"] = "0"
 
 
 class Valkey:
@@ -159,7 +167,7 @@ def migrated_postgres(postgres: Postgres) -> str:
 def postgres_url(migrated_postgres: str) -> str:
     """The URL of a PostgreSQL database without rows, whatever the test before left in it."""
     with psycopg.connect(migrated_postgres, autocommit=True) as connection:
-        connection.execute("TRUNCATE jobs, api_keys, leadership, audit")
+        connection.execute("TRUNCATE jobs, api_keys, leadership, audit, usage, webhooks, webhook_deliveries")
     return migrated_postgres
 
 

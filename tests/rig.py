@@ -12,12 +12,15 @@ from pathlib import Path
 
 from app import control
 from app.dispatch import Dispatch, Request, open_dispatch
+from app.keys import Keys
 from app.rows import JobRow
 from app.tables import open_database
+from app.turns import Turns
 from engines.catalogue import JobType
 from engines.schemas import load_params
 from tasks import settings
 from tasks.job import JobState
+from tests.forking import Fork
 
 #: Settings of a worker that serves every type without weights, and its queues.
 ECHO = dict.fromkeys(settings.MODEL_VARIABLES, "echo")
@@ -47,17 +50,16 @@ class Worker:
     def __init__(self, environ: dict[str, str], log: Path, queues: str, inside: Sequence[str] = ()) -> None:
         """inside: what to put before its command, so that it runs elsewhere, such as in a network namespace."""
         self.log = log
+        self.process: Fork | subprocess.Popen[bytes]
+        # Mingling is a second's wait for the answers of other workers about revoked tasks, of which there are none.
+        arguments = ["-A", "tasks", "worker", "--loglevel", "INFO", "--without-mingle"]
+        arguments += ["-Q", queues, "-n", f"{log.stem}@%h"]
+        if not inside:
+            self.process = Fork("celery", arguments, folder=ROOT, environ=environ, log=log)
+            return
         with log.open("wb") as out:
             self.process = subprocess.Popen(
-                [
-                    *inside,
-                    sys.executable,
-                    *["-m", "celery", "-A", "tasks", "worker", "--loglevel", "INFO"],
-                    "-Q",
-                    queues,
-                    "-n",
-                    f"{log.stem}@%h",
-                ],
+                [*inside, sys.executable, "-m", "celery", *arguments],
                 cwd=ROOT,
                 env=environ,
                 stdout=out,
@@ -91,8 +93,14 @@ class Platform:
         self.workers: list[Worker] = []
         regions = settings.load_regions(environ)
         self.database_url = environ["DATABASE_URL"]
+        #: As FAIR_WINDOW; none unless a test asks for it.
+        self.fair_window = int(environ.get("FAIR_WINDOW", "0"))
         self.dispatch: Dispatch = open_dispatch(
-            open_database(self.database_url), regions, "asia-east", str(folder / "blobs")
+            open_database(self.database_url),
+            regions,
+            "asia-east",
+            str(folder / "blobs"),
+            fair_window=self.fair_window,
         )
         self._stopped = threading.Event()
         self._control: threading.Thread | None = None
@@ -100,7 +108,10 @@ class Platform:
     def start_control(self) -> None:
         """The reconciler, as `python -m app.control` runs it."""
         self._stopped.clear()
-        self._control = threading.Thread(target=control.run, args=(self.dispatch, self._stopped), daemon=True)
+        turns = Turns(self.dispatch, Keys(open_database(self.database_url)), self.fair_window)
+        self._control = threading.Thread(
+            target=control.run, args=(self.dispatch, self._stopped), kwargs={"chores": [turns]}, daemon=True
+        )
         self._control.start()
 
     def stop_control(self) -> None:
@@ -133,6 +144,7 @@ class Platform:
         region: str | None = None,
         allow_cross_region: bool = True,
         model: str | None = None,
+        owner: str = "tester",
     ) -> JobRow:
         """A job that asks `text`, by default a chat; see engines/echo.py for what it can order."""
         asked = {"messages": [{"role": "user", "content": text}], "max_tokens": 100}
@@ -148,7 +160,7 @@ class Platform:
             timeout_seconds,
             queue_timeout_seconds,
         )
-        return self.dispatch.submit("tester", request, must_send=must_send).row
+        return self.dispatch.submit(owner, request, must_send=must_send).row
 
     def status(self, row: JobRow) -> JobState:
         """What a client that asks now is told."""

@@ -44,7 +44,8 @@ class Postgres:
         found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: float(path.parts[4]))
         if not found:
             missing("PostgreSQL")
-        self._programs = found[-1].parent
+        #: The folder of initdb, pg_dump and the others of its version.
+        self.programs = found[-1].parent
         self.port = free_port()
         # Not under pytest's folder, which only its owner may enter.
         self.folder = Path(tempfile.mkdtemp(prefix="gpu-postgres-"))
@@ -62,7 +63,7 @@ class Postgres:
         options = ["--username=tests", "--auth=trust", "--encoding=UTF8", "--locale=C.UTF-8", "--no-sync"]
         with (self.folder / "log").open("wb") as log:
             subprocess.run(
-                [self._programs / "initdb", "-D", data, *options],
+                [self.programs / "initdb", "-D", data, *options],
                 user=self._user,
                 group=self._user,
                 extra_groups=None if self._user is None else [],
@@ -80,7 +81,7 @@ class Postgres:
                 "full_page_writes": "off",
             }
             self._process = subprocess.Popen(
-                [self._programs / "postgres", "-D", data, *(f"--{name}={value}" for name, value in given.items())],
+                [self.programs / "postgres", "-D", data, *(f"--{name}={value}" for name, value in given.items())],
                 user=self._user,
                 group=self._user,
                 extra_groups=None if self._user is None else [],

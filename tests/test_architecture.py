@@ -56,6 +56,22 @@ def test_the_sdk_is_one_file_that_can_be_copied(tmp_path: Path) -> None:
     assert loaded & {"app", "tasks", "engines", "flask", "celery", "redis", "marshmallow"} == set()
 
 
+def test_the_command_line_needs_no_server(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "gpuctl", tmp_path / "gpuctl.py")
+    (tmp_path / "app").mkdir()
+    for name in ("__init__.py", "client.py"):
+        shutil.copy(ROOT / "app" / name, tmp_path / "app" / name)
+    shutil.copytree(ROOT / "app" / "cli", tmp_path / "app" / "cli")
+    code = "import sys; sys.argv = ['gpuctl', '--help']; import atexit; "
+    code += "atexit.register(lambda: print('loaded', *sys.modules)); import gpuctl"
+
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+
+    loaded = set(done.stdout.rpartition("loaded")[2].split())
+    assert "app.cli.commands" in loaded
+    assert loaded & {"flask", "celery", "redis", "marshmallow", "sqlalchemy", "torch", "tasks", "engines"} == set()
+
+
 def test_imports_go_downwards_only() -> None:
     done = subprocess.run([Path(sys.executable).parent / "lint-imports"], cwd=ROOT, capture_output=True, text=True)
 

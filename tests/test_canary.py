@@ -1,4 +1,7 @@
-"""What clients send and get, and the servers' passwords, are in no log, event or message and on no Flower page."""
+"""What clients send and get, and the servers' passwords, are in no log, event, message, metric or webhook.
+
+Nor are they on a page of Flower, and the text that a job writes goes through the store alone, never the broker.
+"""
 
 import base64
 import copy
@@ -16,6 +19,7 @@ import requests
 
 from app.examples import JOBS
 from engines.catalogue import JobType
+from tests.app.receiver import Receiver, receiving
 from tests.conftest import Valkey
 from tests.faults.record import ValkeyRecord
 from tests.rig import ECHO, EVERY_TYPE, ROOT, free_port, until
@@ -61,6 +65,9 @@ def servers(valkey: Valkey, database_url: str, tmp_path: Path) -> Iterator[dict[
         "DATABASE_URL": database_url,
         "PORT": str(free_port()),
         "FLOWER_PORT": str(free_port()),
+        "CONTROL_METRICS_PORT": str(free_port()),
+        "WEBHOOK_ALLOWED_NETWORKS": "127.0.0.0/8",
+        "WEBHOOK_ALLOW_HTTP": "1",
         "API_THREADS": "40",
         "BLOBS_URL": str(tmp_path / "blobs"),
         "FLOWER_UNAUTHENTICATED_API": "1",
@@ -93,18 +100,34 @@ def answers(url: str) -> bool:
         return False
 
 
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    """Where webhooks come to."""
+    with receiving() as made:
+        yield made
+
+
 def test_prompts_answers_and_passwords_are_only_where_they_belong(
-    servers: dict[str, str], valkey: Valkey, tmp_path: Path
+    servers: dict[str, str], receiver: Receiver, valkey: Valkey, tmp_path: Path
 ):
-    api, flower = (f"http://127.0.0.1:{servers[name]}" for name in ("PORT", "FLOWER_PORT"))
+    names = ("PORT", "FLOWER_PORT", "CONTROL_METRICS_PORT")
+    api, flower, control = (f"http://127.0.0.1:{servers[name]}" for name in names)
     with ValkeyRecord(valkey) as record:
         until(lambda: answers(f"{api}/health") and answers(f"{flower}/healthcheck"), UP_S)
         until(lambda: " serves " in (tmp_path / "worker.log").read_text(), UP_S)
+        hook = requests.post(f"{api}/api/v1/webhooks", json={"url": receiver.url}, timeout=10)
+        assert hook.status_code == 201, hook.text
         ended = {}
         for job_type in JobType:
             answer = requests.post(f"{api}/api/v1/jobs/sync?timeout=60", json=requests_of(job_type), timeout=90)
             assert answer.ok, answer.text
             ended[job_type] = answer.json()
+        chat = requests_of(JobType.LLM)
+        openai = {"model": "echo", "stream": True, "messages": chat["params"]["messages"]}
+        streams = {
+            path: requests.post(f"{api}{path}", json=body, timeout=90).text
+            for path, body in (("/api/v1/jobs/stream", chat), ("/v1/chat/completions", openai))
+        }
         bad = {**JOBS["llm"]["value"], "params": {"messages": [{"role": CANARY, "content": CANARY}], CANARY: 1}}
         asked = requests.post(f"{api}/api/v1/jobs", json=bad, headers={"X-Client-Region": CANARY}, timeout=10)
         broken = requests.post(f"{api}/api/v1/jobs", data=f'{{"{CANARY}"', timeout=10)
@@ -115,6 +138,8 @@ def test_prompts_answers_and_passwords_are_only_where_they_belong(
         until(lambda: answers(f"{flower}/api/task/info/{failed['job_id']}"), UP_S)
         paths = ("api/tasks", "api/workers", "tasks", "workers", "broker", f"task/{job_id}", f"task/{failed['job_id']}")
         pages = {path: requests.get(f"{flower}/{path}", timeout=30).content for path in paths}
+        metrics = {url: requests.get(f"{url}/metrics", timeout=10).content for url in (api, control)}
+        until(lambda: len(receiver.got) == len(ended) + len(streams) + 1, 20)
 
     # An engine that fails quotes what it choked on.
     assert (asked.status_code, broken.status_code, failed["error"]["code"]) == (422, 400, "engine_error")
@@ -124,6 +149,8 @@ def test_prompts_answers_and_passwords_are_only_where_they_belong(
     outputs = {
         **{path.name: path.read_bytes() for path in tmp_path.glob("*.log")},
         **{f"Flower's /{path}": page for path, page in pages.items()},
+        **{f"the metrics of {url}": page for url, page in metrics.items()},
+        **{f"webhook {number}": body for number, (_, body) in enumerate(receiver.got)},
         "the broker's commands": broker,
         "the broker's messages": messages,
     }
@@ -132,4 +159,7 @@ def test_prompts_answers_and_passwords_are_only_where_they_belong(
     # It was there to be found, and it was looked for in the right places.
     assert CANARY in record
     assert CANARY in json.dumps(ended[JobType.LLM]["result"])
+    assert {path: CANARY in text and "delta" in text for path, text in streams.items()} == dict.fromkeys(streams, True)
     assert all(job_id.encode() in said for said in (outputs["worker.log"], broker, messages, pages["api/tasks"]))
+    assert all(b"gpu_" in page for page in metrics.values())
+    assert any(job_id.encode() in body for _, body in receiver.got)

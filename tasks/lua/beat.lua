@@ -4,8 +4,9 @@
 -- Returns {cancelled ids, ids it no longer holds, ids the record says it runs but it did not name, 1 if it must drain}
 local time = redis.call('TIME')
 redis.call('SET', KEYS[1], ARGV[3], 'PX', ARGV[2])
-redis.call('HSET', KEYS[4], ARGV[1], ARGV[3])
-if redis.call('ZADD', KEYS[2], time[1], ARGV[1]) == 1 then
+local shown = redis.call('HSET', KEYS[4], ARGV[1], ARGV[3])
+-- One that begins a job before its first beat stands among the workers already, but shows no card.
+if redis.call('ZADD', KEYS[2], time[1], ARGV[1]) + shown > 0 then
   -- It has come, or come back. Whoever had the name before it and is lost is no longer missed.
   local before = redis.call('HGET', KEYS[6], ARGV[4])
   if before and before ~= ARGV[1] and redis.call('ZREM', KEYS[5], before) == 1 then

@@ -40,4 +40,6 @@ redis.call('ZADD', begun, now, ARGV[1])
 redis.call('HDEL', KEYS[1], 'progress')
 redis.call('ZREM', wait, ARGV[1])
 redis.call('SADD', 'running:' .. ARGV[3], ARGV[1])
+-- In a store that was emptied it may die before it beats again; nobody would miss it.
+redis.call('ZADD', 'workers', 'NX', time[1], ARGV[3])
 return run()

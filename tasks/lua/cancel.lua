@@ -16,4 +16,5 @@ elseif state ~= 'ended' then
 end
 redis.call('RPUSH', KEYS[2], '')
 redis.call('EXPIRE', KEYS[2], 60)
+if state ~= 'ended' then hush(ARGV[1], nil, 0, 60) end
 return state

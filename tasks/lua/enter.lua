@@ -10,4 +10,6 @@ redis.call('HSET', KEYS[1], 'state', 'running', 'attempt', 1, 'worker', ARGV[2],
 redis.call('ZADD', KEYS[5], started, ARGV[1])
 redis.call('ZADD', KEYS[3], redis.call('INCR', KEYS[2]), ARGV[1])
 redis.call('SADD', KEYS[4], ARGV[1])
+-- As in begin.lua.
+redis.call('ZADD', 'workers', 'NX', time[1], ARGV[2])
 return started

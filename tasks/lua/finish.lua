@@ -2,7 +2,8 @@
 -- KEYS: job, sequence, news, running set of the worker, Celery's result, list that waiters block on, speed,
 --       reliability of the worker's name, speed of the model that ran
 -- ARGV: id, attempt, worker, envelope, Celery's result entry, seconds to keep, seconds it ran (completed) or '',
---       good outcomes and faults that it counts for the worker, half-life of those counts in seconds
+--       good outcomes and faults that it counts for the worker, half-life of those counts in seconds,
+--       most entries of a job's stream, seconds to keep it, then number and text of its last entries
 -- Returns 1 if taken, 0 if the fence no longer holds
 local record = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'worker', 'started', 'begun')
 local started = record[4] or ''
@@ -23,6 +24,11 @@ redis.call('SET', KEYS[5], ARGV[5], 'EX', ARGV[6])
 redis.call('PUBLISH', KEYS[5], ARGV[5])
 redis.call('RPUSH', KEYS[6], started .. ' ' .. ARGV[4])
 redis.call('EXPIRE', KEYS[6], 60)
+-- Whoever follows it has all that it said before he hears of the end.
+if record[4] then
+  for i = 13, #ARGV, 2 do say(ARGV[1], record[4], ARGV[2], ARGV[i], ARGV[i + 1], ARGV[11], ARGV[12]) end
+end
+hush(ARGV[1], record[4], ARGV[2], ARGV[12])
 local good, faults = tonumber(ARGV[8]), tonumber(ARGV[9])
 if good + faults > 0 then count(KEYS[8], good, faults, tonumber(ARGV[10])) end
 if ARGV[7] ~= '' then

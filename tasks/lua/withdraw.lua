@@ -17,5 +17,6 @@ for i = 2, #ARGV, 2 do
     -- Sync waiters look at the row and follow.
     redis.call('RPUSH', 'done:' .. id, '')
     redis.call('EXPIRE', 'done:' .. id, 60)
+    hush(id, nil, 0, 60)
   end
 end

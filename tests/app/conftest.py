@@ -3,14 +3,16 @@
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flask import Flask
 from flask.testing import FlaskClient
+from waitress import wasyncore
 
-from app import create_app
+from app import create_app, serve
 from app.keys import Keys, Scope
 from app.settings import Settings
 from engines.catalogue import JobType
@@ -91,6 +93,29 @@ class HandWorker:
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         return thread
+
+
+@contextmanager
+def listening(app: Flask) -> Iterator[str]:
+    """Where waitress serves the app meanwhile, at the port of its settings, as `python -m app.serve` does: its URL."""
+    settings: Settings = app.extensions["settings"]
+    server = serve._open(app, settings)
+    closed = threading.Event()
+
+    def loop() -> None:
+        while not closed.is_set():
+            wasyncore.loop(timeout=0.1, map=server._map, use_poll=True, count=1)
+        server.task_dispatcher.shutdown(timeout=2)
+        wasyncore.close_all(server._map)
+
+    thread = threading.Thread(target=loop, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{settings.port}"
+    finally:
+        app.extensions["streams"].stopping.set()
+        closed.set()
+        thread.join()
 
 
 @pytest.fixture

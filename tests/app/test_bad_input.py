@@ -152,7 +152,10 @@ def test_every_wrong_field_is_named_at_once(client):
         (chat(messages=[{"role": "user", "content": "hi", "rolle": 1}]), "Near: role."),
         ({**chat(), "type": "lllm"}, "Near: llm."),
         ({**chat(), "region": "europe"}, "Near: europe-west."),
-        (chat(zzz=1), "Known: messages, max_tokens, temperature, top_p, seed, stop."),
+        (
+            chat(zzz=1),
+            "Known: messages, max_tokens, temperature, top_p, seed, stop, n, response_format, logprobs, top_logprobs.",
+        ),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_near_ones(client, body, hint):

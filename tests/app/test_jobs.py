@@ -367,6 +367,7 @@ def test_filters_narrow_the_list(client, chat):
         ("cursor=WzEsICJcdTAwMDAiXQ==", "cursor"),
         ("cursor=bnVsbA==", "cursor"),
         ("state=queued", "state"),
+        ("status=queued&status=failed", "status"),
     ],
 )
 def test_a_filter_that_cannot_be_is_refused_by_name(client, query, field):

@@ -6,6 +6,7 @@ import time
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ from flask import Flask
 from sqlalchemy import Engine, text
 
 from app.blobs import FOLDERS, INLINE_CHARS, Blobs
-from app.control import Reconciler
+from app.control import Reconciler, _too_old
 from app.retention import BATCH, ORPHAN_S, STALE_MESSAGES, Retention
 from app.rows import Rows
 from app.settings import Settings
 from app.tables import open_database
+from app.usage import Usage
 from engines.catalogue import JobType
-from tasks.job import Envelope, Job, JobError, JobState
-from tasks.ledger import ORDER_TTL_S
+from engines.contract import Progress
+from tasks.job import DirectJob, Envelope, Job, JobError, JobState
+from tasks.ledger import ENDED_EVENTS_TTL_S, ORDER_TTL_S, TOMBSTONE_TTL_S, Ledger, Said
 from tasks.settings import SettingsError
+from tests.app.conftest import QUEUE, REGION, RESULT
 
 JOBS = "/api/v1/jobs"
 CHAT = {"type": "llm", "params": {"messages": [{"role": "user", "content": "hi"}]}}
@@ -30,13 +34,21 @@ LONG = "x" * (INLINE_CHARS + 1)
 LONG_CHAT = {"type": "llm", "params": {"messages": [{"role": "user", "content": LONG}]}}
 HOUR_S = 3600.0
 DAY_S = 24 * HOUR_S
+#: A script: everything that a key holds, as one text.
+CONTENTS = """
+local kind = redis.call('TYPE', KEYS[1]).ok
+local commands = {string = {'GET'}, hash = {'HGETALL'}, set = {'SMEMBERS'}, list = {'LRANGE', 0, -1},
+  zset = {'ZRANGE', 0, -1}, stream = {'XRANGE', '-', '+'}}
+local command = commands[kind]
+return cjson.encode(redis.call(command[1], KEYS[1], unpack(command, 2)))
+"""
 
 
 def age(database: Engine, seconds: float) -> None:
     """Make every job's times lie further back."""
     times = ", ".join(f"{name} = {name} - :s" for name in ("created_at", "started_at", "completed_at"))
     with database.connect() as connection:
-        connection.execute(text(f"UPDATE jobs SET {times}"), {"s": seconds})
+        connection.execute(text(f"UPDATE jobs SET {times}, noted_at = completed_at - :s"), {"s": seconds})
 
 
 def count(database: Engine, where: str = "1 = 1") -> int:
@@ -130,13 +142,13 @@ def test_many_jobs_come_down_in_batches_while_others_are_written(any_database_ur
     blobs = Blobs(str(tmp_path / "blobs"))
     held = [blobs.keep(LONG, str(uuid.UUID(int=number))) for number in range(20)]
     columns = "id, owner, type, params, priority, region, allow_cross_region, timeout_seconds, status, attempt, version"
-    columns += ", created_at, completed_at, sends, withdrawn, result"
+    columns += ", created_at, completed_at, noted_at, sends, withdrawn, result"
     old = time.time() - 40 * DAY_S
     many = [
         {"id": str(uuid.UUID(int=number)), "at": old, "result": held[number] if number < len(held) else "{}"}
         for number in range(3 * BATCH + 7)
     ]
-    values = ":id, 'ann', 'llm', '{}', 0, 'asia-east', true, 60, 'completed', 1, 2, :at, :at, 1, false, :result"
+    values = ":id, 'ann', 'llm', '{}', 0, 'asia-east', true, 60, 'completed', 1, 2, :at, :at, :at, 1, false, :result"
     with database.connect().execution_options(isolation_level="SERIALIZABLE") as connection, connection.begin():
         connection.execute(text(f"INSERT INTO jobs ({columns}) VALUES ({values})"), many)
     retention = Retention(rows, {}, blobs, result_hours=24, row_days=30)
@@ -197,37 +209,118 @@ def test_each_folder_of_blobs_has_its_turn_within_a_day(client, app, retention_o
     assert files(Path(settings.blobs_url)) == []
 
 
-def test_the_store_comes_back_down_after_many_jobs(client, app, worker, settings, retention_of):
-    dispatch, store = app.extensions["dispatch"], worker.store
-    reconciler = Reconciler(dispatch)
+class Lives:
+    """Jobs that go every way that a job can go; what is left of them in the store is told by their ids."""
+
+    def __init__(self, app: Flask, client: Any, worker: Any, reconciler: Reconciler) -> None:
+        self.dispatch = app.extensions["dispatch"]
+        self.client, self.worker, self.reconciler = client, worker, reconciler
+        self.ledger: Ledger = worker.ledger
+        self.ids: list[str] = []
+
+    def submit(self, path: str = JOBS) -> str:
+        self.ids.append(self.client.post(path, json=CHAT if path == JOBS else None).json["job_id"])
+        return self.ids[-1]
+
+    def begin(self, job_id: str, attempt: int = 1, worker_id: str = "") -> Envelope:
+        """Begin the attempt and say something; its outcome, not handed in yet."""
+        held_by = worker_id or self.worker.id
+        claim = self.ledger.begin(Job(job_id, JobType.LLM, attempt), worker_id=held_by, token=job_id)
+        self.ledger.tell(held_by, [Said(job_id, attempt, Progress(1, 2, "token"), 1, '["hi"]')])
+        return Envelope(job_id, attempt, held_by, REGION, JobState.COMPLETED, 1.0, RESULT, ticket=claim.ticket)
+
+    def finish(self, envelope: Envelope) -> bool:
+        return self.ledger.finish(envelope, queue=QUEUE, said=[(2, '["!"]')])
+
+    def cancel(self, job_id: str) -> None:
+        assert self.client.delete(f"{JOBS}/{job_id}").status_code == 200
+
+    def completed(self) -> None:
+        self.finish(self.begin(self.submit()))
+
+    def cancelled_while_it_waits(self) -> None:
+        self.cancel(self.submit())
+
+    def cancelled_while_it_runs(self) -> None:
+        outcome = self.begin(job_id := self.submit())
+        self.cancel(job_id)
+        self.finish(replace(outcome, outcome=JobState.CANCELLED, result=None))
+
+    def failed_and_retried(self) -> None:
+        outcome = self.begin(job_id := self.submit())
+        self.finish(replace(outcome, outcome=JobState.FAILED, result=None, error=JobError("engine_error", "no")))
+        assert self.client.get(f"{JOBS}/{job_id}").json["status"] == "failed"
+        self.finish(self.begin(self.submit(f"{JOBS}/{job_id}/retry")))
+
+    def lost_and_run_by_another(self) -> None:
+        late = self.begin(job_id := self.submit(), worker_id="lost")
+        self.ledger.retire("lost", told=False)
+        self.reconciler.tick()
+        outcome = self.begin(job_id, attempt=2)
+        assert (self.finish(late), self.finish(outcome)) == (False, True)
+
+    def given_back(self) -> None:
+        self.begin(job_id := self.submit())
+        assert self.ledger.release(Job(job_id, JobType.LLM, 1), worker_id=self.worker.id)
+        self.finish(self.begin(job_id))
+
+    def lost_too_often(self) -> None:
+        self.worker.store.hset(f"job:{self.submit()}", "deliveries", 9)
+        assert self.ledger.begin(Job(self.ids[-1], JobType.LLM, 1), worker_id="w", token="t").answer == "POISON"
+
+    def moved_while_it_runs(self) -> None:
+        late = self.begin(job_id := self.submit())
+        assert self.client.get(f"{JOBS}/{job_id}").json["status"] == "running"
+        assert self.dispatch.rows.move(REGION, JobType.LLM, None, to="europe-west", running=True, limit=1)
+        self.ledger.withdraw([(job_id, 2)])
+        assert not self.finish(late)
+        self.cancel(job_id)
+
+    def brought(self) -> None:
+        self.ids.append(job_id := str(uuid.uuid4()))
+        ticket = self.dispatch.tickets.sign(job_id, 1, REGION)
+        direct = DirectJob("ann", JobType.LLM, None, None, 3, REGION, REGION, True, 30.0, ticket)
+        assert self.ledger.enter(job_id, direct, worker_id=self.worker.id)
+        self.finish(Envelope(job_id, 1, self.worker.id, REGION, JobState.COMPLETED, 1.0, RESULT, ticket=ticket))
+
+    def traced(self) -> None:
+        job_id = self.submit()
+        self.ledger.note_trace(job_id, "00-1-2-01")
+        self.finish(self.begin(job_id))
+
+
+def test_the_store_comes_back_down_after_many_jobs(client, app, worker):
+    store, reconciler = worker.store, Reconciler(app.extensions["dispatch"])
     worker.show()
     before = len(store.keys("*"))
-    many = 40
-    for number in range(many):
-        job_id = client.post(JOBS, json=CHAT).json["job_id"]
-        match number % 4:
-            case 0:
-                client.delete(f"{JOBS}/{job_id}")
-            case 1:
-                worker.begin(job_id)
-                client.delete(f"{JOBS}/{job_id}")
-                worker.finish(job_id, JobState.CANCELLED)
-            case 2:
-                complete(worker, job_id, "hi")
-            case _:
-                worker.begin(job_id)
-                worker.finish(job_id, JobState.FAILED, JobError("engine_error", "no"))
-    # Nothing waits, so whatever has no time to live would stay for ever.
+    lives = Lives(app, client, worker, reconciler)
+    for _ in range(3):
+        lives.completed()
+        lives.cancelled_while_it_waits()
+        lives.cancelled_while_it_runs()
+        lives.failed_and_retried()
+        lives.lost_and_run_by_another()
+        lives.given_back()
+        lives.lost_too_often()
+        lives.moved_while_it_runs()
+        lives.brought()
+        lives.traced()
+
     reconciler.tick()
 
-    lasting = [key for key in store.keys("*") if store.ttl(key) == -1]
     assert count(app.extensions["database"], "status IN ('queued', 'running')") == 0
-    assert [key for key in lasting if key.startswith(("job:", "done:", "wait:", "begun:", "celery-", "running:"))] == []
+    assert count(app.extensions["database"]) == len(lives.ids)
+    # Nothing waits, so whatever has no time to live would stay for ever.
+    lasting = [key for key in store.scan_iter() if store.ttl(key) == -1]
+    kept = b" ".join([" ".join(lasting).encode(), *(store.eval(CONTENTS, 1, key).encode() for key in lasting)])
+    assert [job_id for job_id in lives.ids if job_id.encode() in kept] == []
+    assert worker.id.encode() in kept
     # seq, epoch, queues, and the like: they do not grow with jobs.
     assert len(lasting) <= before + 6
-    assert store.zcard("news") == 0
-    soon = max(store.ttl(key) for key in store.keys("*") if key.startswith(("job:", "done:", "celery-")))
-    assert soon <= 600
+    lives_s = {key: store.ttl(key) for key in store.scan_iter() if any(job_id in key for job_id in lives.ids)}
+    assert {key[:-36] for key in lives_s} == {"job:", "done:", "events:", "celery-task-meta-", "trace:"}
+    assert max(ttl for key, ttl in lives_s.items() if not key.startswith("trace:")) <= TOMBSTONE_TTL_S
+    assert max(ttl for key, ttl in lives_s.items() if key.startswith("events:")) <= ENDED_EVENTS_TTL_S
 
 
 def test_what_a_lost_worker_held_of_an_ended_job_goes(client, app, worker, valkey):
@@ -301,3 +394,19 @@ def test_messages_of_ended_jobs_go_from_queues_that_nobody_serves(client, app, v
 def test_a_time_that_would_break_a_promise_is_refused(name, value, said):
     with pytest.raises(SettingsError, match=said):
         Settings.from_environ({name: value})
+
+
+def test_the_audit_log_is_pruned_in_batches_where_a_setting_says_so(app: Flask, client: Any):
+    log = app.extensions["audit"]
+    for _ in range(5):
+        log.record("keys.create", "k", "ok", actor="cli:me", address=None)
+    with app.extensions["database"].connect() as connection:
+        connection.execute(text("UPDATE audit SET at = at - :s WHERE id <= 3"), {"s": 3 * DAY_S})
+
+    counts = [log.prune(2, 2) for _ in range(3)]
+
+    assert counts == [2, 1, 0]
+    assert len(log.newest()) == 2
+    environ = {"AUDIT_RETENTION_DAYS": "2"}
+    assert "rows of the audit log" in _too_old(Usage(log._engine), log, Settings.from_environ(environ))
+    assert "rows of the audit log" not in _too_old(Usage(log._engine), log, Settings.from_environ({}))

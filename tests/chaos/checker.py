@@ -73,8 +73,8 @@ def check(evidence: Evidence) -> Verdict:
         if wish.refused is not None or not wish.ids:
             broken["refused"].append(f"{wish.text}: {wish.refused or 'no answer yet'}")
             continue
-        job = next(iter(wish.ids))
-        if len(wish.ids) > 1:
+        job = wish.ids[0]
+        if len(set(wish.ids)) > 1:
             broken["doubled"].append(wish.key)
         row = evidence.rows.get(job)
         if row is None or wish.vanished:

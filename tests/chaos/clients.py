@@ -47,8 +47,8 @@ class Wish:
     #: Whoever repeats a submit uses the same one.
     key: str = field(default_factory=lambda: str(uuid.uuid4()))
     asked_at: float = 0.0
-    #: Every id that it was ever given; more than one is a second job.
-    ids: set[str] = field(default_factory=set)
+    #: Every id that it was given, in order; two that differ are a second job.
+    ids: list[str] = field(default_factory=list)
     answers: list[Answer] = field(default_factory=list)
     #: Statuses of DELETE.
     cancels: list[int] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Wish:
     @property
     def id(self) -> str | None:
         """Its job, once it was accepted."""
-        return next(iter(self.ids), None)
+        return self.ids[0] if self.ids else None
 
 
 class Clients:
@@ -167,7 +167,7 @@ class Clients:
 
     def _accepted(self, wish: Wish, body: Any) -> None:
         first = not wish.ids
-        wish.ids.add(body["job_id"])
+        wish.ids.append(body["job_id"])
         if first:
             self._in(POLL_S[0], lambda: self._follow(wish, POLL_S[0]))
 

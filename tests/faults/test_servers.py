@@ -11,6 +11,7 @@ import pytest
 from app.dispatch import Unavailable
 from engines.catalogue import JobType
 from tasks.job import JobState
+from tests.rig import READY_S
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -155,8 +156,13 @@ def test_nothing_needs_the_reconciler_while_nothing_breaks(platform):
 
 def test_two_reconcilers_change_nothing_twice(platform):
     program = [sys.executable, "-m", "app.control"]
-    others = [subprocess.Popen(program, env=platform.environ, cwd=ROOT) for _ in range(2)]
+    logs = [platform.folder / f"control{number}.log" for number in range(2)]
+    others = []
+    for log in logs:
+        with log.open("wb") as out:
+            others.append(subprocess.Popen(program, env=platform.environ, cwd=ROOT, stderr=out))
     try:
+        platform.until(lambda: all("control is up" in log.read_text() for log in logs), READY_S)
         platform.start_worker()
         rows = [platform.submit(f"number {n}") for n in range(50)]
         ended = [platform.ended(row, 20) for row in rows]

@@ -3,7 +3,7 @@
 from tests.fuzz import machine
 
 #: `make fuzz` makes 500 runs of 50 steps.
-RUNS, STEPS = 8, 30
+RUNS, STEPS = 100, 50
 
 
 def test_a_job_has_one_outcome_whatever_happens_in_whatever_order(valkey, database_url, tmp_path):

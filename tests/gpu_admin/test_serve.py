@@ -1,15 +1,12 @@
 """gunicorn as the seed's readers start it: a real server process, asked by the seed's own commands."""
 
-import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
 
 import psutil
 import pytest
@@ -17,10 +14,8 @@ import requests
 
 from tests.gpu_admin import seed_host
 from tests.gpu_admin.nvml import Card, NvmlStub
+from tests.gpu_admin.serving import UP_S, Server, end, start
 from tests.rig import ROOT, free_port, until
-
-GUNICORN = Path(sys.executable).parent / "gunicorn"
-UP_S = 40
 
 #: The seed's examples, as they stand there.
 START = """curl -X POST "http://localhost:6004/api/v1/models/start" \\
@@ -31,58 +26,7 @@ START = """curl -X POST "http://localhost:6004/api/v1/models/start" \\
   }'"""
 STOP = START.replace("models/start", "models/stop")
 GPUS = 'curl -X GET "http://localhost:6004/api/v1/gpus"'
-STATUS = 'curl -X GET "http://localhost:6004/api/v1/models/status"'
 WELCOME = 'curl -X GET "http://localhost:6004/"'
-
-
-class Server:
-    """`gunicorn 'gpu_admin:create_app()'`, serving when this returns."""
-
-    def __init__(self, environ: dict[str, str], port: int, log: Path, *options: str) -> None:
-        self.port = port
-        # No pipe: the model servers inherit it here, and live on.
-        with log.open("wb") as out:
-            self.process = start(environ, out, *options)
-        until(lambda: self.process.poll() is not None or self.answers(), UP_S)
-        assert self.process.poll() is None, log.read_text()
-
-    def answers(self) -> bool:
-        """Whether it serves."""
-        try:
-            return requests.get(f"http://127.0.0.1:{self.port}/", timeout=5).ok
-        except requests.ConnectionError:
-            return False
-
-    def run(self, command: str) -> object:
-        """What a command of the seed prints, on this test's port."""
-        command = command.replace("curl", "curl -s --noproxy '*'", 1).replace(
-            "localhost:6004", f"localhost:{self.port}"
-        )
-        return json.loads(subprocess.run(command, shell=True, check=True, capture_output=True).stdout)
-
-    def statuses(self) -> list[str]:
-        """Of every model."""
-        found = self.run(STATUS)
-        assert isinstance(found, list)
-        return [item["status"] for item in found]
-
-    def pids(self) -> list[int | None]:
-        """Of every model's server."""
-        found = self.run(STATUS.replace("status", "instances"))
-        assert isinstance(found, list)
-        return [item["pid"] for item in found]
-
-    def stop(self) -> int:
-        """End it as systemd does; its exit code."""
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(UP_S)
-
-
-def start(
-    environ: dict[str, str], out: int | IO[bytes], *options: str, app: str = "gpu_admin:create_app()"
-) -> "subprocess.Popen[bytes]":
-    """gunicorn in the project's folder."""
-    return subprocess.Popen([GUNICORN, *options, app], cwd=ROOT, env=environ, stdout=out, stderr=subprocess.STDOUT)
 
 
 @pytest.fixture
@@ -106,11 +50,7 @@ def serve(environ: dict[str, str], port: int, tmp_path: Path) -> Iterator[Callab
 
     yield serve
     for server in servers:
-        if server.process.poll() is None:
-            for process in [*psutil.Process(server.process.pid).children(), server.process]:
-                process.kill()
-        server.process.wait()
-    seed_host.end_servers(tmp_path / "data")
+        end(server, tmp_path)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")

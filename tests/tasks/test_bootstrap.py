@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -105,6 +106,18 @@ def test_a_redirect_never_takes_the_key_along(server):
     with pytest.raises(SettingsError, match=f"leads to {server.url}/elsewhere"):
         bootstrap.fetch(WorkerSettings(server_url=server.url, api_key="gpi_key"), None)
     assert len(server.heard) == 1
+
+
+def test_who_asks_an_api_elsewhere_in_plain_text_is_warned_unless_the_settings_say_so(server, caplog):
+    server.say(200, TOLD)
+    # Connections to it end on this machine, but it does not say so.
+    elsewhere = WorkerSettings(server_url=server.url.replace("127.0.0.1", "0.0.0.0"), api_key="gpi_key")
+
+    assert bootstrap.fetch(replace(elsewhere, allow_plaintext=True), None).name == TOLD["region"]
+    assert caplog.text == ""
+    assert bootstrap.fetch(elsewhere, None).name == TOLD["region"]
+    assert "GPU_ALLOW_PLAINTEXT" in caplog.text
+    assert "gpi_key" not in caplog.text
 
 
 def test_an_api_that_stays_away_ends_the_patience():

@@ -45,12 +45,16 @@ def test_a_flood_of_one_type_leaves_the_other_its_slots(platform):
 
 def test_two_types_take_turns_for_the_last_slot_and_the_more_urgent_goes_first(platform):
     worker = platform.start_worker(queues=BOTH, GPU_MAX_CONCURRENT_JOBS="1", **ECHO)
-    first = platform.submit("sleep 1")
+    first = platform.submit("sleep 60")
     platform.until(lambda: platform.status(first) is JobState.RUNNING, 10)
 
     rows = {f"chat {n}": platform.submit(f"chat {n}") for n in range(4)}
     rows |= {f"vector {n}": platform.submit(f"vector {n}", job_type=JobType.EMBEDDING) for n in range(4)}
     rows |= {"urgent": platform.submit("urgent", priority=9)}
+    # However long that takes: the slot must find them all.
+    publisher = platform.dispatch.links["asia-east"].broker.publisher
+    platform.until(lambda: list(publisher.depths(BOTH.split(",")).values()) == [5, 4], 20)
+    platform.dispatch.cancel(first)
 
     done = order(platform, worker, rows)
     assert done[0] == "urgent"

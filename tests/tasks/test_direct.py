@@ -13,10 +13,11 @@ import requests
 from engines.catalogue import JobType, Model
 from engines.contract import Device, Progress, Text
 from engines.echo import Engine as Echo
-from engines.schemas import LlmResult
+from engines.llm.schemas import LlmResult
 from tasks.direct import DirectServer, bind, public_url
 from tasks.duty import Duty
 from tasks.fleet import Card
+from tasks.headers import DEFAULTS, FIXED
 from tasks.job import JobState
 from tasks.ledger import Ledger, open_store
 from tasks.settings import DirectSettings
@@ -115,6 +116,16 @@ def events_of(answer):
             name = line.removeprefix("event: ")
         elif line.startswith("data: "):
             yield name, json.loads(line.removeprefix("data: "))
+
+
+def test_every_answer_carries_the_apis_headers_and_the_clients_request_id(echo):
+    refused = requests.post(f"{echo.url}/api/v1/jobs/sync", json={}, headers={"X-Request-ID": "mine"}, timeout=20)
+    answers = [echo.post(), echo.post(kind="stream"), requests.get(f"{echo.url}/health", timeout=20), refused]
+
+    for answer in answers:
+        assert {**FIXED, **DEFAULTS}.items() <= dict(answer.headers).items()
+    assert refused.headers["X-Request-ID"] == refused.json()["request_id"] == "mine"
+    assert len({answer.headers["X-Request-ID"] for answer in answers}) == len(answers)
 
 
 def test_a_job_is_answered_in_the_apis_shape_and_the_ledger_has_it(echo):

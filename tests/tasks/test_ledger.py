@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from engines.catalogue import JobType
 from tasks.job import Envelope, Job, JobError, JobState
-from tasks.ledger import Answer, Ledger, Queued, Standing, StoreError, open_store
+from tasks.ledger import LEASE_S, Answer, Ledger, Queued, Standing, StoreError, open_store
 
 QUEUE = "asia-east.llm"
 
@@ -215,6 +215,29 @@ def test_orphans_are_the_jobs_of_workers_without_a_lease(ledger):
 
     assert ledger.orphans() == [("dead", lost.id)]
     assert ledger.cards() == ["{}"]
+
+
+def test_a_worker_that_dies_between_an_emptied_store_and_its_next_beat_leaves_orphans(ledger):
+    job = new_job()
+    put(ledger, job)
+    begin(ledger, job, worker="w1")
+    assert ledger.orphans() == []
+
+    # As if its lease had passed without a beat.
+    ledger.store.zadd("workers", {"w1": -LEASE_S}, xx=True, incr=True)
+
+    assert ledger.orphans() == [("w1", job.id)]
+
+
+def test_a_worker_that_begins_before_its_first_beat_comes_with_that(ledger):
+    ledger.order("host-1", [], drain=True)
+    job = new_job()
+    put(ledger, job)
+    begin(ledger, job, worker="w1")
+
+    assert ledger.beat("w1", "{}", [job.id], name="host-1").drained
+
+    assert ledger.store.hget("names", "host-1") == "w1"
 
 
 def test_news_that_came_after_they_were_read_stay(ledger):

@@ -62,18 +62,19 @@ def test_one_worker_serves_every_type_and_shows_how_far_a_job_is(platform):
 
 def test_a_job_that_names_a_model_waits_for_its_worker_and_stands_in_nobodys_way(platform, folder):
     platform.start_worker()
-    named = platform.submit("hello", model="our-own", queue_timeout_seconds=60)
+    named = platform.submit("hello", model="our-own")
     behind = platform.submit("hello")
     same = platform.submit("hello", model="echo")
 
-    assert {platform.ended(row, 15).status for row in (behind, same)} == {JobState.COMPLETED}
+    assert {platform.ended(row, 30).status for row in (behind, same)} == {JobState.COMPLETED}
     assert platform.status(named) is JobState.QUEUED
     assert platform.dispatch.place(platform.row(named)).reason == (
         "No live worker serves llm with our-own in asia-east, nor in any other region."
     )
 
     platform.start_worker(GPU_LLM_MODEL=str(folder))
-    ended = platform.ended(named, 15)
+    # Its first forward pass is the slowest.
+    ended = platform.ended(named, 60)
 
     assert ended.status is JobState.COMPLETED
     assert json.loads(ended.result)["model"] == "our-own"

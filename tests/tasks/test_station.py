@@ -1,17 +1,19 @@
 """A station in this process: what it does with its jobs when an engine of its own hangs or breaks."""
 
+import json
 import threading
 import time
 import uuid
 
 import pytest
 
-from engines.catalogue import JobType
-from engines.contract import EngineBroken, Progress
+from engines import echo
+from engines.catalogue import JobType, find
+from engines.contract import Device, EngineBroken, Progress
 from tasks.duty import Duty
 from tasks.fleet import Card, WorkerState, load_of
 from tasks.job import Job, JobState
-from tasks.ledger import Answer, Ledger, open_store
+from tasks.ledger import Answer, Ledger, Said, open_store
 from tasks.station import EXIT_BROKEN, Station
 from tests.rig import until
 
@@ -108,8 +110,20 @@ def test_the_ledger_shows_how_far_a_running_job_is_and_forgets_it_with_its_end(l
 
     assert ledger.progress(job.id) is None
     assert ledger.look(job.id).outcome.result == {"warnings": ["of the worker", "its own"]}
-    ledger.tell("w2", {job.id: Progress(1, 2, "step")})  # of a worker that lost the job
+    ledger.tell("w2", [Said(job.id, 1, Progress(1, 2, "step"), 1, "{}")])  # of a worker that lost the job
     assert ledger.progress(job.id) is None
+    station.close()
+
+
+def test_a_job_that_an_older_api_took_has_the_params_that_it_did_not_know(ledger):
+    known = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 5, "temperature": 0, "top_p": 1, "seed": 1}
+    station, _ = start(ledger, echo.Engine(find(JobType.LLM, "echo"), Device("cpu")))
+    job = Job(str(uuid.uuid4()), JobType.LLM, 1)
+    ledger.put(job, queue=QUEUE, priority=0, params=json.dumps(known), timeout_s=5)
+
+    assert station.execute(job) == "completed"
+
+    assert ledger.look(job.id).outcome.result["response"] == "hi"
     station.close()
 
 
