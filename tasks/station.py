@@ -455,13 +455,18 @@ class Station:
     # The beat
 
     def _beat_for_ever(self) -> None:
-        while not self._stop.is_set():
-            self._wake.wait(self._beat_s)
-            self._wake.clear()
-            if self._stop.is_set():
-                return
-            self._try_to_beat()
-            self._watch()
+        try:
+            while not self._stop.is_set():
+                self._wake.wait(self._beat_s)
+                self._wake.clear()
+                if self._stop.is_set():
+                    return
+                self._try_to_beat()
+                self._watch()
+        except Exception as error:  # noqa: BLE001 - logged without its own words
+            # Others would take its jobs from it, and it would go on taking new ones.
+            logger.error("leaving with exit code %d, since the beat cannot go on: %s", EXIT_BROKEN, frames(error))
+            self._leave(EXIT_BROKEN)
 
     def _try_to_beat(self) -> None:
         try:

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ def main() -> None:
         _add_failpoints(folder)
     elif sys.argv[0].startswith("celery"):
         _count_runs(folder / RUNS)
+    if "FAKETIME" in os.environ:
+        # libfaketime takes the monotonic clock's end of a sleep for one of the clock that it changes.
+        time.sleep = lambda seconds: threading.Event().wait(seconds) and None
     importlib.import_module(sys.argv[0]).main()
 
 

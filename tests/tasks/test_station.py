@@ -41,11 +41,12 @@ def ledger(store_url):
     return Ledger(open_store(store_url, timeout_s=2))
 
 
-def start(ledger, engine, warnings=None):
+def start(ledger, engine, warnings=None, open_it=True):
     left = []
     card = Card("w1", "w1", "asia-east", "host", "cpu", {JobType.LLM: "m"}, {JobType.LLM: 4}, time.time())
     station = Station(card, {JobType.LLM: engine}, ledger, warnings=warnings, leave=left.append, hang_grace_s=0.2)
-    station.open()
+    if open_it:
+        station.open()
     return station, left
 
 
@@ -125,6 +126,22 @@ def test_a_job_that_an_older_api_took_has_the_params_that_it_did_not_know(ledger
 
     assert ledger.look(job.id).outcome.result["response"] == "hi"
     station.close()
+
+
+class BrokenBeat(Ledger):
+    """A ledger whose answer to a beat cannot be read."""
+
+    def beat(self, *args, **kwargs):
+        raise ValueError("no such answer")
+
+
+def test_a_worker_whose_beat_cannot_go_on_leaves(store_url):
+    station, left = start(BrokenBeat(open_store(store_url, timeout_s=2)), Stuck(), open_it=False)
+    station.announce()
+
+    until(lambda: left, 10)
+
+    assert left == [EXIT_BROKEN]
 
 
 def test_a_job_of_a_type_without_an_engine_fails_and_says_so(ledger):
