@@ -37,7 +37,7 @@ format: setup
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: setup
+bench: setup $(VENV)/.bench
 	$(BIN)/python -m bench
 
 ## Faults under load, and what they did to the jobs; CHAOS='--jobs 2000 --faults 200 --broker rabbitmq' and so on.
@@ -74,6 +74,12 @@ $(VENV)/.triton: $(VENV)/.made requirements/triton_server.txt
 	  $(VENV)/triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps \
 	    -r requirements/triton_server.txt && \
 	  touch $@ || echo "There is no tritonserver for this system and Python; the tests that run it are skipped." >&2
+
+# The server that bench.openai measures the platform against.
+$(VENV)/.bench: $(VENV)/.develop requirements/bench.txt
+	@echo "Installing the packages of requirements/bench.txt"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements/bench.txt
+	@touch $@
 
 # OpenAI's JavaScript client, which a test runs.
 $(VENV)/.openai_js: $(VENV)/.made tests/openai_js/package-lock.json

@@ -9,6 +9,7 @@ MEASUREMENTS = (
     "overhead",
     "depth",
     "chat",
+    "openai",
     "llm_engine",
     "engines",
     "fleet",
