@@ -185,6 +185,7 @@ def main() -> None:
 
             with platform.running(settings, environ, say, hear, fresh=True) as processes:
                 print(f"\nAPI        {settings.api_url}/api/v1/jobs")
+                print(f"console    {settings.api_url}/console")
                 print(f"docs       {settings.api_url}/docs")
                 print(f"Flower     {settings.flower_url}")
                 print(f"gpu_admin  {settings.gpu_admin_url}/docs")

@@ -78,6 +78,7 @@ def main() -> None:
         with platform.running(settings, os.environ, screen.say, screen.show) as processes:
             screen.say("everything is up; Ctrl-C ends it")
             screen.say(f"API        {settings.api_url}/api/v1/jobs")
+            screen.say(f"console    {settings.api_url}/console")
             screen.say(f"docs       {settings.api_url}/docs")
             screen.say(f"Flower     {settings.flower_url}")
             screen.say(f"gpu_admin  {settings.gpu_admin_url}/docs")

@@ -124,6 +124,7 @@ def opened(backend: str, *, workers: int, seed: int, without: str | None = None)
             **{name: value for name, value in os.environ.items() if not name.startswith("GPU_")},
             "GPU_CONFIG": os.devnull,
             "GPU_ADMIN_CONFIG": os.devnull,
+            "CONTROL_METRICS_PORT": "0",
             "GPU_DATA_DIR": str(folder),
             "GPU_LLM_MODEL": "echo",
             "GPU_MAX_CONCURRENT_JOBS": str(SLOTS),

@@ -84,7 +84,7 @@ function description(points, series, show) {
 }
 
 const say = (value, show) => (value === null || value === undefined ? "–" : show(value));
-const clock = (at) => new Intl.DateTimeFormat(locale(), { hour: "2-digit", minute: "2-digit" }).format(new Date(at * 1000));
+const clock = (at) => new Intl.DateTimeFormat(locale(), { hour: "2-digit", minute: "2-digit", hourCycle: "h23" }).format(new Date(at * 1000));
 
 /** A round number at or above the value, that divides well by TICKS. */
 function nice(value) {

@@ -35,7 +35,7 @@ export function moment(text) {
   const at = new Date(text);
   const today = at.toDateString() === new Date().toDateString();
   const date = today ? {} : { year: "numeric", month: "short", day: "numeric" };
-  return new Intl.DateTimeFormat(locale(), { ...date, hour: "2-digit", minute: "2-digit", second: "2-digit" }).format(at);
+  return new Intl.DateTimeFormat(locale(), { ...date, hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23" }).format(at);
 }
 
 /** Bytes in binary units. */
