@@ -362,11 +362,17 @@ class Station:
     def _begin(self, job: Job) -> Claim | None:
         token = uuid.uuid4().hex
         while not self._stop.is_set() and not self._hurry.is_set() and self._fallen is None:
+            asked = time.monotonic()
             try:
-                return self._ledger.begin(job, worker_id=self.worker_id, token=token)
+                claim = self._ledger.begin(job, worker_id=self.worker_id, token=token)
             except StoreError as error:
                 logger.warning("job %s waits for the store: %s", job.id, error)
                 self._stop.wait(_RETRY_S)
+                continue
+            # A process that was frozen meanwhile may have lost its lease, and others run the job: asked again, the
+            # same token hears of it.
+            if time.monotonic() - asked < LEASE_S:
+                return claim
         return None
 
     def _outcome(self, run: Run, claim: Claim) -> Envelope | None:

@@ -128,6 +128,32 @@ def test_a_job_that_an_older_api_took_has_the_params_that_it_did_not_know(ledger
     station.close()
 
 
+class FrozenOnce(Ledger):
+    """A ledger whose first answer is heard after another worker has taken the job over."""
+
+    thawed = False
+
+    def begin(self, job, *, worker_id, token):
+        claim = super().begin(job, worker_id=worker_id, token=token)
+        if worker_id == "w1" and not self.thawed:
+            self.thawed = True
+            self.store.delete("lease:w1")
+            self.beat("w2", "{}", [])
+            assert super().begin(job, worker_id="w2", token="u").answer is Answer.RUN
+            time.sleep(0.1)
+        return claim
+
+
+def test_a_worker_that_was_frozen_as_it_began_a_job_does_not_run_what_others_do(store_url, monkeypatch):
+    monkeypatch.setattr("tasks.station.LEASE_S", 0.1)
+    ledger = FrozenOnce(open_store(store_url, timeout_s=2))
+    station, _ = start(ledger, Stuck(), open_it=False)
+    job = enter(ledger, 60)
+
+    assert station.execute(job) == "busy"
+    station.close()
+
+
 class BrokenBeat(Ledger):
     """A ledger whose answer to a beat cannot be read."""
 
