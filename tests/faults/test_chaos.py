@@ -5,7 +5,7 @@ Larger runs are `make chaos`; docs/chaos.md.
 
 import pytest
 
-from tests.chaos import guards, harness
+from tests.chaos import harness
 from tests.chaos.harness import Plan
 from tests.chaos.parts import Gone, Run
 from tests.chaos.scene import Strike
@@ -25,32 +25,6 @@ def test_no_invariant_breaks_under_faults_of_every_part(tmp_path):
     assert report.verdict.holds, report.table()
     assert {kind: made for kind, (made, _, _) in report.recovered.items()} == dict.fromkeys(QUICK, 1)
     assert report.accepted >= plan.jobs
-
-
-@pytest.mark.parametrize(
-    ("guard", "kind", "seen"),
-    [("compare-and-set", "race", "double_terminal"), ("reconciler", "api-commit", "stuck")],
-)
-def test_the_harness_fails_without(guard, kind, seen):
-    plan = Plan(jobs=5, faults=1, seed=1, kinds=(kind,), without=guard, workers=1, settle_s=5)
-
-    report = harness.run(plan)
-
-    assert not report.verdict.holds
-    assert report.verdict.broken[seen]
-
-
-@pytest.mark.parametrize("guard", sorted(guards.GUARDS))
-def test_every_guard_can_be_taken_out_of_the_product_as_it_is(guard):
-    for file in {file for file, _, _ in guards.GUARDS[guard]}:
-        source = (guards.ROOT / file).read_text()
-
-        assert guards.without(guard, file, source) != source
-
-
-def test_a_guard_whose_lines_have_changed_is_not_taken_for_taken_out():
-    with pytest.raises(LookupError, match=r"app/control\.py"):
-        guards.without("reconciler", "app/control.py", "pass\n")
 
 
 @pytest.mark.parametrize(

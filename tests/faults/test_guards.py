@@ -1,0 +1,41 @@
+"""The chaos harness fails if any one guard of the product is taken out."""
+
+import pytest
+
+from tests.chaos import guards, harness
+from tests.chaos.harness import Plan
+
+# To start a platform takes long where the cores are busy.
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.mark.parametrize(
+    ("guard", "kind", "seen", "workers"),
+    [
+        ("compare-and-set", "race", "double_terminal", 1),
+        ("reconciler", "api-commit", "stuck", 1),
+        ("attempt", "api-publish", "extra_runs", 1),
+        # The one that is left would take over what the killed one held.
+        ("lease", "worker-kill", "stuck", 2),
+    ],
+)
+def test_the_harness_fails_without(guard, kind, seen, workers):
+    plan = Plan(jobs=5, faults=1, seed=3, kinds=(kind,), without=guard, workers=workers, settle_s=8)
+
+    report = harness.run(plan)
+
+    assert not report.verdict.holds
+    assert report.verdict.broken[seen]
+
+
+@pytest.mark.parametrize("guard", sorted(guards.GUARDS))
+def test_every_guard_can_be_taken_out_of_the_product_as_it_is(guard):
+    for file in {file for file, _, _ in guards.GUARDS[guard]}:
+        source = (guards.ROOT / file).read_text()
+
+        assert guards.without(guard, file, source) != source
+
+
+def test_a_guard_whose_lines_have_changed_is_not_taken_for_taken_out():
+    with pytest.raises(LookupError, match=r"app/control\.py"):
+        guards.without("reconciler", "app/control.py", "pass\n")
