@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # With the bytecode of a run before, to collect the tests takes a third of the time.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo up test check test-platform test-engines format bench chaos fuzz setup clean
+.PHONY: demo up test check format bench chaos fuzz setup clean
 .DEFAULT_GOAL := demo
 
 ## A job of every type through the whole platform, then stop.
@@ -27,17 +27,11 @@ check: setup
 	$(BIN)/lint-imports
 	# The models of some tests: to make them takes both cores for a while, and others' seconds would run out meanwhile.
 	$(BIN)/python -m engines.packaged smollm2-135m-instruct whisper-base all-minilm-l6-v2
-	# Side by side: the one computes while the other waits. One's dots come when it has ended.
-	@$(MAKE) --no-print-directory --jobs 2 --output-sync test-platform test-engines
+	# These alone load torch and diffusers, which takes each process ten seconds; and they never wait.
+	$(BIN)/pytest -n 2 --dist loadfile tests/engines tests/shapes
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder $(addprefix --ignore tests/,engines shapes faults)
 	# By themselves: these count the seconds until a killed or frozen part is made up for, and mostly wait.
 	$(BIN)/pytest -n 4 --dist loadfile tests/faults
-
-test-platform:
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder $(addprefix --ignore tests/,engines shapes faults)
-
-# These alone load torch and diffusers, which takes each process ten seconds.
-test-engines:
-	nice $(BIN)/pytest -n 1 tests/engines tests/shapes
 
 format: setup
 	$(BIN)/ruff format
