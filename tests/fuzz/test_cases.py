@@ -1,5 +1,7 @@
 """Every operation of both documents, with input that keeps to its document and input that does not."""
 
+import pytest
+
 from tests.fuzz.cases import run
 from tests.fuzz.conftest import SEED
 
@@ -9,6 +11,8 @@ EXAMPLES = 2
 MOUNTED = "^/api/v1/hosts/"
 
 
+# Some 4,000 requests: a minute of one core, and more where others use it too.
+@pytest.mark.timeout(400)
 def test_no_input_makes_an_answer_that_the_document_does_not_state(service):
     report = run(service, seed=SEED, examples=EXAMPLES, without=MOUNTED)
 

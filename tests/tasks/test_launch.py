@@ -222,7 +222,7 @@ def test_a_second_signal_ends_a_worker_that_does_not_drain(launch):
     launcher.hears("draining")
     launcher.process.send_signal(signal.SIGINT)
 
-    assert launcher.ends(10) == 1
+    assert launcher.ends(30) == 1
     assert "stopped, terminated by SIGKILL" in launcher.said
 
 
