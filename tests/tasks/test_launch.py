@@ -216,7 +216,10 @@ def test_a_worker_that_is_configured_wrongly_is_not_started_again(launch):
 def test_a_second_signal_ends_a_worker_that_does_not_drain(launch):
     _, launcher = launch("-Q", "asia-east.llm", "--devices", "cpu")
     launcher.hears("starting, pid")
-    launcher.worker("asia-east-cpu").send_signal(signal.SIGSTOP)
+    worker = launcher.worker("asia-east-cpu")
+    # Until then it is a copy of the launcher, which waits for it.
+    until(lambda: any("celery" in word for word in worker.cmdline()), 20)
+    worker.send_signal(signal.SIGSTOP)
 
     launcher.process.send_signal(signal.SIGINT)
     launcher.hears("draining")
