@@ -14,13 +14,13 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Protocol
 
 from dotenv import find_dotenv, load_dotenv
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.audit import Audit
 from app.blobs import Blobs
+from app.chores import Chore
 from app.courier import Courier
 from app.deliveries import Deliveries
 from app.destinations import Destinations
@@ -305,13 +305,6 @@ class Copies:
                     self._rows.run_again(name for name, link in self._links.items() if link.mailbox is mailbox)
                 self._compared.add(id(mailbox))
                 mailbox.ledger.led(led_until)
-
-
-class Chore(Protocol):
-    """What the leader does beside."""
-
-    def run(self, leads: threading.Event, stopped: threading.Event) -> None:
-        """Do it for as long as this process leads, until stopped is set."""
 
 
 def run(

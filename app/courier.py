@@ -21,6 +21,7 @@ from enum import StrEnum
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.chores import while_leading
 from app.deliveries import Attempt, Deliveries, Delivery, Webhook
 from app.destinations import Answer, Destinations, Refused, Unreachable
 from app.settings import WEBHOOK_DISABLE_DAYS
@@ -86,22 +87,24 @@ class Courier:
         pruned_at = float("-inf")
         # Not waited for at the end: what is under way is settled, or made again by the next one.
         pool = ThreadPoolExecutor(THREADS, thread_name_prefix="webhook")
-        while not stopped.wait(EVERY_S):
-            if not leads.is_set():
-                continue
-            try:
-                self.send_due(pool)
-                if time.monotonic() - pruned_at >= PRUNE_EVERY_S:
-                    pruned_at = time.monotonic()
-                    while self._deliveries.prune(self._log_s, PRUNE_BATCH) == PRUNE_BATCH and not stopped.wait(EVERY_S):
-                        continue
-            except SQLAlchemyError as error:
-                logger.warning("webhooks wait while the database is away: %s", type(error).__name__)
-                stopped.wait(1.0)
-            except Exception as error:  # noqa: BLE001 - logged without its own words
-                # It must not end for good: what is due stays due.
-                logger.error("webhooks are sent later: %s", frames(error))
-                stopped.wait(5.0)
+
+        def turn() -> float:
+            nonlocal pruned_at
+            self.send_due(pool)
+            if time.monotonic() - pruned_at >= PRUNE_EVERY_S:
+                pruned_at = time.monotonic()
+                while self._deliveries.prune(self._log_s, PRUNE_BATCH) == PRUNE_BATCH and not stopped.wait(EVERY_S):
+                    continue
+            return EVERY_S
+
+        while_leading(
+            turn,
+            leads,
+            stopped,
+            pause_s=EVERY_S,
+            away="webhooks wait while the database is away",
+            failed="webhooks are sent later",
+        )
         pool.shutdown(wait=False, cancel_futures=True)
 
     def send_due(self, pool: ThreadPoolExecutor) -> int:

@@ -10,10 +10,9 @@ import threading
 from collections.abc import Callable, Sequence
 
 from sqlalchemy import Connection
-from sqlalchemy.exc import SQLAlchemyError
 
+from app.chores import while_leading
 from app.rows import JobRow, Rows
-from engines.failure import frames
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +35,14 @@ class Ends:
 
     def run(self, leads: threading.Event, stopped: threading.Event) -> None:
         """Hand on what ends for as long as this process leads, until stopped is set."""
-        pause_s = EVERY_S
-        while not stopped.wait(pause_s):
-            pause_s = EVERY_S
-            if not leads.is_set():
-                continue
-            try:
-                if self.hand_on() == BATCH:
-                    pause_s = 0.01
-            except SQLAlchemyError as error:
-                logger.warning("ends are handed on later, the database is away: %s", type(error).__name__)
-                pause_s = 1.0
-            except Exception as error:  # noqa: BLE001 - logged without its own words
-                # It must not end for good: the ends wait in their rows until the account is mended.
-                logger.error("ends could not be handed on; it is tried again: %s", frames(error))
-                pause_s = 5.0
+        while_leading(
+            lambda: 0.01 if self.hand_on() == BATCH else EVERY_S,
+            leads,
+            stopped,
+            pause_s=EVERY_S,
+            away="ends are handed on later, the database is away",
+            failed="ends could not be handed on; it is tried again",
+        )
 
     def hand_on(self) -> int:
         """Hand on one batch; how many there were. Raises SQLAlchemyError, or what an account raises."""

@@ -19,12 +19,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from app.blobs import FOLDERS, Blobs
+from app.chores import while_leading
 from app.links import Down, Link, Mailbox, mailboxes
 from app.rows import Rows, Traces
-from engines.failure import frames
 from tasks.job import LIVE
 
 logger = logging.getLogger(__name__)
@@ -69,26 +67,29 @@ class Retention:
     def run(self, leads: threading.Event, stopped: threading.Event) -> None:
         """Delete what is too old for as long as this process leads, until stopped is set."""
         swept_at = float("-inf")
-        pause_s = PAUSE_S
-        while not stopped.wait(pause_s):
-            pause_s = EVERY_S if leads.is_set() else 1.0
-            if not leads.is_set():
-                continue
-            try:
-                if self.prune() + self.delete() > 0:
-                    pause_s = PAUSE_S
-                    continue
-                self.sweep_folder(time.time())
-                if time.monotonic() - swept_at >= SWEEP_EVERY_S:
-                    swept_at = time.monotonic()
-                    self.sweep_stores()
-                    self.purge_queues()
-                    self.prune_others(stopped)
-            except SQLAlchemyError as error:
-                logger.warning("nothing is pruned while the database is away: %s", type(error).__name__)
-            except Exception as error:  # noqa: BLE001 - logged without its own words
-                # It must not end for good: what grows meanwhile is found by nobody else.
-                logger.error("retention failed and is tried again: %s", frames(error))
+
+        def turn() -> float:
+            nonlocal swept_at
+            if self.prune() + self.delete() > 0:
+                return PAUSE_S
+            self.sweep_folder(time.time())
+            if time.monotonic() - swept_at >= SWEEP_EVERY_S:
+                swept_at = time.monotonic()
+                self.sweep_stores()
+                self.purge_queues()
+                self.prune_others(stopped)
+            return EVERY_S
+
+        while_leading(
+            turn,
+            leads,
+            stopped,
+            pause_s=PAUSE_S,
+            away="nothing is pruned while the database is away",
+            failed="retention failed and is tried again",
+            away_s=EVERY_S,
+            failed_s=EVERY_S,
+        )
 
     def prune(self) -> int:
         """Delete the params and results of one batch of old jobs; how many there were."""

@@ -14,13 +14,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from sqlalchemy.exc import SQLAlchemyError
-
+from app.chores import while_leading
 from app.keys import Keys
 from app.links import Down, Link
 from app.rows import JobRow, Rows
 from engines.catalogue import JobType
-from engines.failure import frames
 from tasks import routing
 from tasks.routing import Load
 
@@ -139,23 +137,21 @@ class Turns:
 
     def run(self, leads: threading.Event, stopped: threading.Event) -> None:
         """Release what has its turn for as long as this process leads, until stopped is set."""
-        pause_s = TURN_S
-        while not stopped.wait(pause_s):
-            pause_s = TURN_S
-            if not leads.is_set():
-                continue
+
+        def turn() -> float:
             began = time.monotonic()
-            try:
-                self.release()
-            except SQLAlchemyError as error:
-                logger.warning("held jobs wait until the database is back: %s", type(error).__name__)
-                pause_s = 1.0
-            except Exception as error:  # noqa: BLE001 - logged without its own words
-                # It must not end for good: nobody else releases them.
-                logger.error("held jobs could not be released; it is tried again: %s", frames(error))
-                pause_s = 1.0
-            else:
-                pause_s = max(pause_s, min((time.monotonic() - began) / MOST_OF_TIME, 1.0))
+            self.release()
+            return max(TURN_S, min((time.monotonic() - began) / MOST_OF_TIME, 1.0))
+
+        while_leading(
+            turn,
+            leads,
+            stopped,
+            pause_s=TURN_S,
+            away="held jobs wait until the database is back",
+            failed="held jobs could not be released; it is tried again",
+            failed_s=1.0,
+        )
 
     def release(self) -> int:
         """Send what has its turn now; how many jobs those were. A region that is away is passed over."""
