@@ -10,6 +10,7 @@ from flask.cli import AppGroup, with_appcontext
 from sqlalchemy.exc import DBAPIError
 
 from app.audit import Audit
+from app.cli.quotas import quota_option
 from app.keys import MOST_WEIGHT, Key, Keys, NotRotated, Quotas, Scope, id_of
 from app.settings import Settings
 from app.tables import upgrade
@@ -20,31 +21,12 @@ database = AppGroup("db", help="The database.")
 _NO_TABLES = "The database cannot be used; if it is new: flask --app wsgi db upgrade"
 
 
-def _quotas(_: click.Context, __: click.Parameter, texts: Sequence[str]) -> dict[str, int | None]:
-    """Quotas as they were typed: jobs_per_day=1000, or jobs_per_day=none."""
-    known = [field.name for field in fields(Quotas)]
-    found: dict[str, int | None] = {}
-    for text in texts:
-        name, _equals, most = text.partition("=")
-        if name not in known or not (most == "none" or (most.isascii() and most.isdecimal())):
-            raise click.BadParameter(f"{text!r} is not NAME=NUMBER or NAME=none; names: {', '.join(known)}.")
-        found[name] = None if most == "none" else int(most)
-    return found
-
-
 _weight = click.option(
     "--weight",
     type=click.IntRange(1, MOST_WEIGHT),
     help="Turns for each turn of a key of weight 1, which is what a new key has.",
 )
-_quota = click.option(
-    "--quota",
-    "quotas",
-    multiple=True,
-    callback=_quotas,
-    metavar="NAME=NUMBER",
-    help="What it may use: jobs, tokens or gpu_seconds, _per_day or _per_month. NAME=none lifts the limit.",
-)
+_quota = quota_option([field.name for field in fields(Quotas)])
 
 
 @keys.command("create")

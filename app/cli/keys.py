@@ -6,31 +6,13 @@ from typing import Any
 import click
 
 from app.cli import show
+from app.cli.quotas import quota_option
 from app.cli.root import Command, Group, Setup, completing, pass_setup
-
-
-def _quotas(_: click.Context, __: click.Parameter, texts: Sequence[str]) -> dict[str, int | None] | None:
-    """Quotas as they were typed: jobs_per_day=1000, or jobs_per_day=none."""
-    found: dict[str, int | None] = {}
-    for text in texts:
-        name, _equals, most = text.partition("=")
-        if most != "none" and not (most.isascii() and most.isdecimal()):
-            raise click.BadParameter(f"{text!r} is not NAME=NUMBER or NAME=none.")
-        found[name] = None if most == "none" else int(most)
-    return found or None
-
 
 _key_id = click.argument("key_id", metavar="ID", shell_complete=completing("keys"))
 _name = click.option("--name", help="Another name.")
 _weight = click.option("--weight", type=click.IntRange(min=1), help="Turns for each turn of a key of weight 1.")
-_quota = click.option(
-    "--quota",
-    "quotas",
-    multiple=True,
-    callback=_quotas,
-    metavar="NAME=NUMBER",
-    help="What it may use: jobs, tokens or gpu_seconds, _per_day or _per_month. NAME=none lifts the limit.",
-)
+_quota = quota_option()
 _expires = click.option(
     "--expires-days", type=click.FloatRange(min=0, min_open=True), help="Left out, it never expires."
 )
@@ -145,4 +127,4 @@ def _limits(quotas: Mapping[str, int | None]) -> str:
 
 def _given(options: Mapping[str, Any]) -> dict[str, Any]:
     """Those that were typed."""
-    return {name: value for name, value in options.items() if value is not None}
+    return {name: value for name, value in options.items() if value not in (None, {})}

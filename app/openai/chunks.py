@@ -120,11 +120,14 @@ class Said:
             yield from self._say(choice["index"], choice["response"])
             yield self._chunk(choice["index"], self._chunks.closing(), choice["finish_reason"])
         if self._usage:
-            yield json.dumps({**self._head, "choices": [], "usage": result["usage"]}, ensure_ascii=False)
+            yield self._written(choices=[], usage=result["usage"])
 
     def _chunk(self, index: int, choice: Mapping[str, Any], finish_reason: str | None = None) -> str:
         choices = [{"index": index, **choice, "finish_reason": finish_reason}]
-        return json.dumps({**self._head, "choices": choices, **self._usage}, ensure_ascii=False, separators=(",", ":"))
+        return self._written(choices=choices, **self._usage)
+
+    def _written(self, **rest: Any) -> str:
+        return json.dumps({**self._head, **rest}, ensure_ascii=False, separators=(",", ":"))
 
     def _error(self) -> str:
         row = self._dispatch.look(self._row.id) or self._row
