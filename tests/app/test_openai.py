@@ -8,8 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import openai
 import pytest
@@ -21,8 +20,7 @@ from app.keys import Keys, Scope
 from app.rows import JobRow
 from app.tables import open_database
 from tasks.job import JobState
-from tests.conftest import Valkey
-from tests.rig import ECHO, EVERY_TYPE, ROOT, Platform, free_port, until
+from tests.rig import ROOT, Platform, free_port, until
 
 JS = ROOT / "tests" / "openai_js"
 SPEECH = ROOT / "local" / "speech.ogg"
@@ -32,14 +30,14 @@ STARTED_S = 40
 class Served:
     """A platform, and its API on a port."""
 
-    def __init__(self, platform: Platform, folder: Path) -> None:
+    def __init__(self, platform: Platform) -> None:
         self.platform = platform
         keys = Keys(open_database(platform.database_url))
         self.key = keys.create("client", [Scope.INFER, Scope.READ])
         self.worker_key = keys.create("worker", [Scope.WORKER])
         self.port = free_port()
-        environ = {**platform.environ, "PORT": str(self.port), "BLOBS_URL": str(folder / "blobs")}
-        self._log = (folder / "api.log").open("wb")
+        environ = {**platform.environ, "PORT": str(self.port), "BLOBS_URL": str(platform.folder / "blobs")}
+        self._log = (platform.folder / "api.log").open("wb")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "app.serve"], cwd=ROOT, env=environ, stdout=self._log, stderr=subprocess.STDOUT
         )
@@ -69,29 +67,14 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(valkey_server: Valkey, migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def served(echo_platform: Callable[..., Platform]) -> Iterator[Served]:
     """The API as it is run, and one worker that serves every type."""
-    folder = tmp_path_factory.mktemp("openai")
-    valkey_server.start()
-    valkey_server.flush()
-    shutil.copy(migrated, folder / "jobs.db")
-    environ = {
-        **os.environ,
-        **ECHO,
-        "GPU_BROKER_URL": f"{valkey_server.url}/0",
-        "GPU_STORE_URL": f"{valkey_server.url}/1",
-        "DATABASE_URL": f"sqlite:///{folder / 'jobs.db'}",
-    }
-    platform = Platform(environ, folder)
-    started = Served(platform, folder)
+    started = Served(echo_platform())
     try:
-        platform.start_control()
-        platform.start_worker(queues=EVERY_TYPE)
         until(started.answers, STARTED_S)
         yield started
     finally:
         started.close()
-        platform.close()
 
 
 @pytest.fixture
