@@ -5,7 +5,8 @@ that began it: whoever no longer matches both cannot write. The SQL row remains 
 
 Keys of a region's store:
     job:{id}          hash    state, attempt, worker, params, timeout_s, outcome, cancel, deliveries, progress, and its
-                              place: wait, score, begun; or direct, if its client brought it to the worker
+                              place: wait, score, begun; or direct, if its client brought it to the worker; lost, once
+                              its worker's lease has ended and until the next attempt is entered
     wait:{queue}      zset    queued jobs of a region and type (and model), by priority and arrival: position, depth
     begun:{queue}     zset    jobs of it that run, by when they began in unix milliseconds
     queues            hash    every queue that jobs were entered for, and the model it is for, or ''
@@ -477,7 +478,10 @@ class Ledger:
         return cast(str | None, self.store.get(f"trace:{job_id}")) or ""
 
     def orphans(self) -> list[tuple[str, str]]:
-        """(worker id, job id) of every job whose worker's lease has ended; a worker that was lost is counted once."""
+        """(worker id, job id) of every job whose worker's lease has ended; a worker that was lost is counted once.
+
+        Nobody begins these attempts any more; each job needs its next one, or its end.
+        """
         found = self._run["orphans"](
             keys=["workers", "ended", "cards", "lost", "names"],
             args=[int(LEASE_S), LOST_TTL_S, reliability.LOST_FAULTS, reliability.HALF_LIFE_S],

@@ -6,15 +6,16 @@ local function run()
   local given = redis.call('HMGET', KEYS[1], 'params', 'timeout_s', 'ticket')
   return {'RUN', given[1], given[2], given[3] or ''}
 end
-local record = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'worker', 'token', 'cancel', 'wait')
-local state, attempt, worker, token, cancel, wait =
-  record[1], record[2], record[3], record[4], record[5], record[6]
+local record = redis.call('HMGET', KEYS[1], 'state', 'attempt', 'worker', 'token', 'cancel', 'wait',
+  'lost')
+local state, attempt, worker, token, cancel, wait, lost =
+  record[1], record[2], record[3], record[4], record[5], record[6], record[7]
 -- No record: cancelled and swept, or the store was emptied. The row knows, and sends again what must run.
 if not state then return {'STALE'} end
 if state == 'ended' then return {'DONE'} end
 if cancel then return {'CANCELLED'} end
 -- One that moved on keeps its number here, so that an earlier one cannot come back; it has no place here.
-if attempt ~= ARGV[2] or state == 'moved' then return {'STALE'} end
+if attempt ~= ARGV[2] or state == 'moved' or lost then return {'STALE'} end
 if state == 'running' then
   if worker == ARGV[3] and token == ARGV[4] then
     -- Our own begin, asked again because its answer was lost on the way.

@@ -1,7 +1,8 @@
 -- What workers left behind whose lease has ended. One that went without a word is counted once, and shown as lost.
 -- KEYS: workers, ended, cards, lost, names
 -- ARGV: lease in s, seconds to show a lost worker, faults of a loss, half-life of the counts in s
--- Returns {worker, job, worker, job, ...}: the jobs that must be taken from the dead
+-- Returns {worker, job, worker, job, ...}: the jobs that must be taken from the dead. From now on nobody begins the attempt
+-- that was lost: it has a next one, even if that is held up on its way while the broker hands out the message once more.
 local now = tonumber(redis.call('TIME')[1])
 local function card_of(worker)
   local read, card = pcall(cjson.decode, redis.call('HGET', KEYS[3], worker) or '')
@@ -18,6 +19,7 @@ local function take_from(worker)
   if redis.call('EXISTS', 'lease:' .. worker) == 1 then return end
   local jobs = redis.call('SMEMBERS', 'running:' .. worker)
   for _, id in ipairs(jobs) do
+    if redis.call('HGET', 'job:' .. id, 'worker') == worker then redis.call('HSET', 'job:' .. id, 'lost', 1) end
     orphans[#orphans + 1] = worker
     orphans[#orphans + 1] = id
   end

@@ -37,6 +37,7 @@ if not score then
 end
 redis.call('HSET', KEYS[1], 'state', 'queued', 'attempt', ARGV[2], 'params', ARGV[4], 'timeout_s', ARGV[5],
   'wait', KEYS[2], 'score', score, 'ticket', ARGV[9])
+redis.call('HDEL', KEYS[1], 'lost')
 redis.call('PERSIST', KEYS[1])
 redis.call('HSET', KEYS[5], ARGV[7], ARGV[8])
 redis.call('ZADD', KEYS[2], score, ARGV[1])

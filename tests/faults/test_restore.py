@@ -81,7 +81,8 @@ def test_jobs_of_an_older_backup_all_end_and_what_it_does_not_know_is_dropped(pl
     platform.until(lambda: platform.status(runs) is JobState.RUNNING, ENDED_S)
     done, cancelled = platform.submit("done meanwhile"), platform.submit("cancelled meanwhile")
     database.save()
-    led_until = platform.dispatch.rows.led_until()
+    # Control may not have led yet when it began to run.
+    led_until = platform.dispatch.rows.led_until() or 0.0
     platform.dispatch.cancel(cancelled)
     later = platform.submit("after the backup")
     for row in (runs, done, later):
@@ -90,7 +91,7 @@ def test_jobs_of_an_older_backup_all_end_and_what_it_does_not_know_is_dropped(pl
     # Else the outcomes that still lie there would do, and nothing had to run again.
     platform.until(lambda: not any(ledger.look(row.id).outcome for row in (runs, done, later)), TERM_S)
     unknown = platform.submit("nobody serves it", region="europe-west", allow_cross_region=False)
-    platform.until(lambda: platform.dispatch.rows.led_until() > led_until + 1, TERM_S)
+    platform.until(lambda: (platform.dispatch.rows.led_until() or 0.0) > led_until + 1, TERM_S)
 
     platform.stop_control()
     database.restore()

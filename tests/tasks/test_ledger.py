@@ -217,6 +217,49 @@ def test_orphans_are_the_jobs_of_workers_without_a_lease(ledger):
     assert ledger.cards() == ["{}"]
 
 
+def test_an_attempt_that_is_to_be_taken_from_the_dead_is_begun_by_nobody(ledger):
+    job = new_job()
+    put(ledger, job)
+    ledger.beat("dead", "{}", [])
+    begin(ledger, job, worker="dead", token="one")
+    ledger.retire("dead")
+    assert ledger.orphans() == [("dead", job.id)]
+
+    # The broker hands the message out again, or a frozen worker wakes; the next attempt is still on its way.
+    assert begin(ledger, job, worker="alive") is Answer.STALE
+    assert begin(ledger, job, worker="dead", token="one") is Answer.STALE
+    assert ledger.orphans() == [("dead", job.id)]
+    ledger.bury("dead", job.id)
+    assert begin(ledger, job, worker="alive") is Answer.STALE
+
+    put(ledger, following := Job(job.id, job.type, 2))
+    assert begin(ledger, following, worker="alive") is Answer.RUN
+
+
+def test_what_the_dead_computed_counts_while_nobody_else_has_begun(ledger):
+    job = new_job()
+    put(ledger, job)
+    begin(ledger, job, worker="frozen")
+    ledger.retire("frozen")
+    ledger.orphans()
+
+    assert ledger.finish(outcome(job, "frozen"), queue=QUEUE) is True
+
+
+def test_a_job_that_another_worker_took_over_is_not_taken_from_it(ledger):
+    job = new_job()
+    put(ledger, job)
+    begin(ledger, job, worker="dead")
+    ledger.retire("dead")
+    assert begin(ledger, job, worker="alive", token="two") is Answer.RUN
+    # As a record that a store lost with its last writes: the dead worker's set still names the job.
+    ledger.store.sadd("running:dead", job.id)
+
+    assert ledger.orphans() == [("dead", job.id)]
+
+    assert begin(ledger, job, worker="alive", token="two") is Answer.RUN
+
+
 def test_a_worker_that_dies_between_an_emptied_store_and_its_next_beat_leaves_orphans(ledger):
     job = new_job()
     put(ledger, job)
@@ -397,6 +440,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.id = str(uuid.uuid4())
         self.attempt = 1
         self.holder = None
+        self.lost = False
         self.cancelled = False
         self.outcomes = []
         put(self.ledger, self.job())
@@ -412,6 +456,7 @@ class LedgerMachine(RuleBasedStateMachine):
             assert attempt == self.attempt
             assert not self.outcomes
             assert not self.cancelled
+            assert not self.lost
             assert self.holder is None or not self.ledger.store.exists(f"lease:{self.holder}")
             self.holder = worker
 
@@ -435,11 +480,17 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.retire(worker)
 
     @rule()
+    def look(self):
+        """The reconciler asks whose jobs it must take."""
+        self.lost = self.lost or (self.holder, self.id) in self.ledger.orphans()
+
+    @rule()
     def lose(self):
         """The reconciler sends the next attempt."""
         if put(self.ledger, self.job(self.attempt + 1)).state == "queued":
             self.attempt += 1
             self.holder = None
+            self.lost = False
 
     @rule(worker=st.sampled_from(["a", "b"]))
     def give_back(self, worker):
