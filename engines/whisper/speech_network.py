@@ -6,7 +6,6 @@ code. A .pt file is read only where the operator put it into a local folder, if 
 without the power to run code (weights_only).
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from whisper import ModelDimensions, Whisper
 
+from engines import pickled
 from engines.catalogue import Model
 from engines.contract import Device, EngineLoadError
 from engines.loading import locate
@@ -123,20 +123,9 @@ def _read(model: Model) -> tuple[ModelDimensions, State]:
     checkpoints = list(folder.glob("*.pt"))
     if len(checkpoints) != 1:
         raise FileNotFoundError(f"It has {len(checkpoints)} .pt files and no model.safetensors.")
-    _check_known(checkpoints[0])
+    pickled.check(checkpoints[0], PUBLISHED, "the files that OpenAI published")
     checkpoint = torch.load(checkpoints[0], map_location="cpu", weights_only=True, mmap=True)
     return ModelDimensions(**checkpoint["dims"]), checkpoint["model_state_dict"]
-
-
-def _check_known(checkpoint: Path) -> None:
-    """Pass a file that OpenAI published: weights_only is a fence around pickle, and fences have had holes."""
-    with checkpoint.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found not in PUBLISHED:
-        raise ValueError(
-            f"{checkpoint.name} is none of the files that OpenAI published (its sha256 is {found}), and a .pt file is "
-            "a pickle, which can run code as it is read. Convert it once, where you trust it, to model.safetensors."
-        )
 
 
 def _safetensors(folder: Path) -> list[Path]:

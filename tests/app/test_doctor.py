@@ -100,6 +100,8 @@ def test_a_password_is_in_no_line(make_app, settings, valkey):
 def test_an_open_address_and_a_gated_model_without_a_token_are_found(examine, settings, monkeypatch):
     monkeypatch.setenv("GPU_IMAGE_MODEL", "black-forest-labs/FLUX.1-dev")
     monkeypatch.setenv("GPU_LLM_MODEL", "no-such-model")
+    at_commit = f"openai/whisper-base@{'a' * 40}"
+    monkeypatch.setenv("GPU_WHISPER_MODEL", at_commit)
 
     code, findings = examine(replace(settings, host="0.0.0.0"))
 
@@ -107,3 +109,4 @@ def test_an_open_address_and_a_gated_model_without_a_token_are_found(examine, se
     assert "keys create" in findings["api keys"]["advice"]
     assert (findings["model of image_gen"]["verdict"], findings["model of llm"]["verdict"]) == (FAILED, FAILED)
     assert "HF_TOKEN" in findings["model of image_gen"]["advice"]
+    assert (findings["model of whisper"]["verdict"], findings["model of whisper"]["found"]) == (OK, at_commit)

@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from engines import packaged
-from engines.catalogue import DEFAULT_ON_CPU, DEFAULT_ON_GPU, MODELS, JobType, Model, UnknownModel
+from engines.catalogue import DEFAULT_ON_CPU, DEFAULT_ON_GPU, MODELS, JobType, Model, UnknownModel, find
 from engines.contract import Device, EngineLoadError
 from engines.loading import check_kernels, detect_device, load, locate, pick_dtype, resolve
 
@@ -102,7 +102,8 @@ def test_weights_are_asked_for_at_hf_endpoint_and_its_refusal_says_what_to_set(
 
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
 
-    assert any(path.startswith("/Qwen/Qwen2.5-7B-Instruct/resolve/main/config.json") for path in asked)
+    commit = find(JobType.LLM, "Qwen/Qwen2.5-7B-Instruct").revision
+    assert any(path.startswith(f"/Qwen/Qwen2.5-7B-Instruct/resolve/{commit}/config.json") for path in asked)
     assert f"Qwen/Qwen2.5-7B-Instruct cannot be loaded from {address}" in done.stdout
     assert "Set HF_ENDPOINT" in done.stdout
 

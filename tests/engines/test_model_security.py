@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engines.catalogue import JobType, UnknownModel
+from engines.catalogue import JobType, UnknownModel, find
 from engines.contract import Device, EngineLoadError
 from engines.loading import hub_options, load, locate, resolve
 from tests.engines import tiny_embedding, tiny_image_gen, tiny_vision
 
 CPU = Device("cpu", dtype="float32")
+PINNED_AT = find(JobType.LLM, "HuggingFaceTB/SmolLM2-135M-Instruct").revision
 COMMIT, OTHER = "a" * 40, "b" * 40
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 #: Leaves a file behind when it is imported.
@@ -104,13 +105,14 @@ def test_a_commit_behind_the_id_is_what_is_read(tmp_path: Path, monkeypatch: pyt
     assert (model.id, locate(model)) == (SMOLLM2, SMOLLM2)
     assert hub_options(model) == {"revision": COMMIT, "trust_remote_code": False}
     with pytest.raises(UnknownModel):
-        resolve(JobType.LLM, f"{SMOLLM2}@main")
+        resolve(JobType.LLM, f"{SMOLLM2}@{COMMIT[:12]}")
+    assert hub_options(resolve(JobType.LLM, f"{SMOLLM2}@main")) == {"trust_remote_code": False}
 
 
 def test_code_is_trusted_at_the_listed_commit_alone() -> None:
     listed = [f"{SMOLLM2}@{COMMIT}"]
 
-    assert hub_options(resolve(JobType.LLM, SMOLLM2)) == {"trust_remote_code": False}
+    assert hub_options(resolve(JobType.LLM, SMOLLM2)) == {"revision": PINNED_AT, "trust_remote_code": False}
     assert hub_options(resolve(JobType.LLM, SMOLLM2, listed)) == {"revision": COMMIT, "trust_remote_code": True}
     assert not resolve(JobType.LLM, "Qwen/Qwen2.5-7B-Instruct", listed).trusted
     with pytest.raises(UnknownModel, match="GPU_TRUST_REMOTE_CODE"):

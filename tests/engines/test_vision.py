@@ -165,9 +165,10 @@ def together(
     engine: Engine, questions: Sequence[tuple[Image.Image, str, int]], reports: Sequence[Any] | None = None
 ) -> list[Any]:
     """Futures of the answers to questions that all wait already when the engine becomes free for them."""
-    everyone, told = threading.Event(), set[int]()
+    began, everyone, told = threading.Event(), threading.Event(), set[int]()
 
     def hold(event: Progress | Text) -> None:
+        began.set()
         # The waiting ones are told that they wait between two steps of this one.
         if isinstance(event, Progress) and event.done and everyone.wait(0.05):
             raise JobReleased
@@ -184,6 +185,8 @@ def together(
 
     with ThreadPoolExecutor(len(questions) + 1) as pool:
         holding = pool.submit(ask, engine, noise(28, 28), "Wait", 400, hold)
+        # Or it would share its pass with those that are there by then.
+        assert began.wait(10)
         futures = [pool.submit(ask, engine, *question, listen(n)) for n, question in enumerate(questions)]
     assert isinstance(holding.exception(), JobReleased)
     return futures

@@ -516,7 +516,7 @@ def test_a_model_of_the_hub_in_several_files_is_read(
     whole.save_pretrained(snapshot, max_shard_size="3MB")
     assert len(list(snapshot.glob("*.safetensors"))) > 1
 
-    network = speech_network.load(resolve(JobType.WHISPER, "small"), CPU, half=False)
+    network = speech_network.load(resolve(JobType.WHISPER, "small@main"), CPU, half=False)
 
     expected = speech_network.load(resolve(JobType.WHISPER, str(folder_of())), CPU, half=False).state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
