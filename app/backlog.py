@@ -31,7 +31,7 @@ class Backlog:
         with self._lock:
             count, counted_at = self._known.get(region, (0, float("-inf")))
             if time.monotonic() - counted_at >= COUNT_EVERY_S:
-                count, counted_at = self._rows.unsent(region, self.most), time.monotonic()
+                count, counted_at = self._rows.census.unsent(region, self.most), time.monotonic()
             admitted = count < self.most
             self._known[region] = (count + admitted, counted_at)
             return admitted

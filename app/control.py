@@ -26,12 +26,12 @@ from app.deliveries import Deliveries
 from app.destinations import Destinations
 from app.dispatch import DIRECT_LOST, Dispatch, open_dispatch
 from app.ends import Ends
+from app.job_table import JobRow
 from app.keys import Keys
 from app.links import Down, Link, Mailbox, mailboxes
 from app.metrics import ControlServer
 from app.reroute import Reroute
 from app.retention import Retention
-from app.rows import JobRow
 from app.settings import Settings
 from app.tables import open_database
 from app.turns import Turns
@@ -39,7 +39,7 @@ from app.usage import Usage
 from engines.failure import frames
 from tasks import logs, memory, routing, tracing
 from tasks.job import LIVE, MAX_ATTEMPTS, JobError, JobState
-from tasks.ledger import Queued
+from tasks.records import Queued
 from tasks.settings import SettingsError
 
 logger = logging.getLogger(__name__)
@@ -323,8 +323,8 @@ def run(
     while not stopped.wait(TICK_S):
         try:
             if time.monotonic() > lead_until - LEAD_S / 2:
-                before = dispatch.rows.led_until()
-                led, leading = leading, dispatch.rows.lead(me, LEAD_S)
+                before = dispatch.rows.leadership.until()
+                led, leading = leading, dispatch.rows.leadership.take(me, LEAD_S)
                 lead_until = time.monotonic() + LEAD_S
                 (leads.set if leading else leads.clear)()
                 if leading and not led:
@@ -333,7 +333,7 @@ def run(
                     reconciler = Reconciler(dispatch)
                     copies = Copies(dispatch, before)
                 if leading:
-                    copies.look(dispatch.rows.led_until() or 0.0)
+                    copies.look(dispatch.rows.leadership.until() or 0.0)
             if leading:
                 began = time.monotonic()
                 reconciler.tick()

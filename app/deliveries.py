@@ -15,7 +15,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, and_, delete, func, insert, or_, select, tuple_, update
 
-from app.rows import JobRow
+from app.job_table import JobRow
 from app.schemas import JobItem, Shown
 from app.tables import now, webhook_deliveries, webhooks
 from app.waiting import Place

@@ -128,7 +128,7 @@ def nearest(query: dict[str, Any]) -> Nearest:
     quotas.admit(caller())
     job_type: JobType = query["job_type"]
     try:
-        model = None if query["model"] is None else dispatch.model_id(job_type, query["model"])
+        model = None if query["model"] is None else dispatch.placement.model_id(job_type, query["model"])
         home = find_here(query["region"]).region
     except UnknownModel as error:
         raise Invalid({"model": [str(error)]}) from error
@@ -175,7 +175,7 @@ def _offers(link: Link, job_type: JobType, model: str | None) -> list[Offer]:
     if not cards:
         return []
     with link.mailbox.breaker:
-        tallies = link.mailbox.ledger.tallies(card.name for card in cards)
+        tallies = link.mailbox.ledger.presence.tallies(card.name for card in cards)
     offers = [
         Offer(
             card=card,

@@ -6,47 +6,36 @@ row as sent. Whatever breaks off in between is done again by the reconciler (app
 
 import json
 import logging
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
 
 from app import waiting
 from app.backlog import MAX_UNSENT, Backlog
 from app.blobs import Blobs
+from app.job_table import JobRow
 from app.links import Down, Link, Mailbox, mailboxes, open_links
 from app.metering import Metering
-from app.rows import IdempotencyConflict, JobRow, Rows, fingerprint_of
+from app.placement import Placement
+from app.request import Request
+from app.rows import Rows
+from app.sent_marks import SentMarks
 from app.tickets import Tickets
 from app.turns import HeldBack, by_queue
 from app.usage import read_meter
-from app.waiting import Place, Statistics
-from engines import catalogue
-from engines.catalogue import JobType, UnknownModel
+from app.waiting import Statistics
+from engines.catalogue import JobType
 from engines.contract import Progress
-from tasks import fleet, logs, routing, tracing
-from tasks.fleet import Card
+from tasks import logs, routing, tracing
 from tasks.job import Envelope, Job, JobError, JobState
-from tasks.ledger import Record, Standing, StoreError
-from tasks.routing import Decision, Offer, Region
-
-__all__ = [
-    "Dispatch",
-    "Forecast",
-    "IdempotencyConflict",
-    "Place",
-    "Request",
-    "Statistics",
-    "Submitted",
-    "Unavailable",
-    "open_dispatch",
-]
+from tasks.records import Record, Standing
+from tasks.routing import Region
+from tasks.store import StoreError
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +44,6 @@ T = TypeVar("T")
 
 #: Its client's connection broke with the worker, and no one else has the job's params.
 DIRECT_LOST = JobError("worker_lost", "Its client brought it to a worker, and that worker was lost.")
-#: Sent jobs are marked in their rows this often, many in one write.
-MARK_EVERY_S = 0.05
 _POLL_S = 0.5
 #: When to ask again while a region is away and no more jobs are held for it.
 BACKLOG_RETRY_S = 5
@@ -73,26 +60,6 @@ class Unavailable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """What a client asks for, validated."""
-
-    type: JobType
-    #: The catalogue's id of the model that must run it, and what the client called it; None for any model.
-    model: str | None
-    requested_model: str | None
-    params: Mapping[str, Any]
-    priority: int
-    region: str | None
-    allow_cross_region: bool
-    timeout_seconds: float
-    queue_timeout_seconds: float | None
-    #: Where its client is, for one that names no region; None for the default region.
-    client_region: str | None = None
-    #: The job that it runs again.
-    retry_of: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Submitted:
     """A job that was accepted; replayed if an earlier request with the same idempotency key made it."""
 
@@ -100,19 +67,6 @@ class Submitted:
     replayed: bool
     #: Where it stood as it was entered; None where that is not known.
     standing: Standing | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Forecast:
-    """What would become of a job if it were sent now."""
-
-    decision: Decision
-    #: The place it would have in the queue, 1 is next; None where that is not known.
-    position: int | None
-    #: Live workers that would take it there.
-    available_workers: int
-    #: The model that would run it; None where that depends on the worker.
-    model: str | None
 
 
 def _of_its_job(
@@ -150,8 +104,7 @@ class Dispatch:
         self._backlog = Backlog(rows, max_unsent)
         self._blobs = blobs
         self.links = links
-        self._regions = {name: link.region for name, link in links.items()}
-        self._default_region = default_region
+        self.placement = Placement(links, default_region, self._held)
         self._marks = SentMarks(rows)
 
     def submit(
@@ -162,9 +115,9 @@ class Dispatch:
         must_send: raise Unavailable, and leave nothing behind, if its region does not take it at once.
         Raises Unavailable too if enough jobs are held for that region already. Raises IdempotencyConflict.
         """
-        region = self.decide(request, owner).region
+        region = self.placement.decide(request, owner).region
         if not must_send and (why := self.links[region].away()) and not self._backlog.admit(region):
-            if idempotency_key and (earlier := self.rows.earlier(owner, idempotency_key, _fingerprint(request))):
+            if idempotency_key and (earlier := self.rows.earlier(owner, idempotency_key, request.fingerprint())):
                 return Submitted(earlier, replayed=True)
             what = f"{why} {self._backlog.most} jobs wait for it already, which is as many as are held (MAX_UNSENT)."
             raise Unavailable("too_many_unsent", f"{what} Nothing was submitted.", BACKLOG_RETRY_S)
@@ -223,13 +176,13 @@ class Dispatch:
             requested_model=request.requested_model,
             params=params,
             priority=request.priority,
-            region_wanted=self._home(request),
+            region_wanted=self.placement.home(request),
             region=region,
             allow_cross_region=request.allow_cross_region,
             timeout_seconds=request.timeout_seconds,
             queue_timeout_seconds=request.queue_timeout_seconds,
             idempotency_key=idempotency_key,
-            fingerprint=_fingerprint(request) if idempotency_key else None,
+            fingerprint=request.fingerprint() if idempotency_key else None,
             retry_of=request.retry_of,
             told_at_once=told_at_once,
             held_for=held_for,
@@ -472,30 +425,6 @@ class Dispatch:
         except Down:
             return None
 
-    def cards(self) -> list[Card]:
-        """The live workers of every region that can be reached."""
-        found = []
-        for link in self.links.values():
-            try:
-                found += link.cards()
-            except Down:
-                continue
-        return found
-
-    def model_id(self, job_type: JobType, name: str) -> str:
-        """The id of the model that a client means: a row of the catalogue, or what a live worker has loaded.
-
-        Raises UnknownModel with the nearest names.
-        """
-        live = {
-            card.models[job_type].casefold(): card.models[job_type] for card in self.cards() if job_type in card.models
-        }
-        try:
-            return live.get(name.casefold()) or catalogue.find(job_type, name).id
-        except UnknownModel as error:
-            others = sorted(set(live.values()) - {row.id for row in catalogue.MODELS})
-            raise UnknownModel(f"{error} Live: {', '.join(others)}." if others else str(error)) from None
-
     @_of_its_job
     def cancel(self, row: JobRow) -> JobRow:
         """End the job as cancelled, unless it has ended; the row tells who was first."""
@@ -537,15 +466,6 @@ class Dispatch:
         else:
             self.rows.told(row.id)
 
-    def place(self, row: JobRow, standing: Standing | None = None) -> Place:
-        """A queued job's position, estimated wait, and why it waits; standing: if it is known already."""
-        if row.held_for is not None and row.status is JobState.QUEUED:
-            own = self._held.own_before(row)
-            return waiting.held_place(
-                row, self.links, own, self._held.before(row.held_for, row.priority, row.owner, own)
-            )
-        return waiting.place(row, self.links, standing)
-
     def held_back(self) -> Mapping[str, int]:
         """How many queued jobs are not in any broker yet, by queue, because it is not their key's turn."""
         return dict(by_queue(self._held.counts()))
@@ -560,37 +480,6 @@ class Dispatch:
             return waiting.statistics(links, self.rows, self.held_back())
         except Down as down:
             raise Unavailable("region_unavailable", str(down)) from down
-
-    def has_worker(self, request: Request) -> bool:
-        """Whether a live worker may take such a job now."""
-        home = self._home(request)
-        others = [name for name in self.links if name != home] if request.allow_cross_region else []
-        # One after the other: the first that can is enough.
-        found = (offer for name in (home, *others) for offer in self._offers(request, [name]).values())
-        return any(offer.load.slots > 0 for offer in found)
-
-    def decide(self, request: Request, owner: str | None = None) -> Decision:
-        """Where such a job of this owner goes now, and why."""
-        home = self._home(request)
-        offers = self._offers(request, [home], owner)
-        # The others are asked only where one of them might be better: one that is down must not hold up the rest.
-        if request.allow_cross_region and not (home in offers and routing.serves_at_once(offers[home])):
-            offers |= self._offers(request, [name for name in self.links if name != home], owner)
-        what = request.type if request.model is None else f"{request.type} with {request.model}"
-        return routing.choose_region(home, self._regions, offers, cross_region=request.allow_cross_region, what=what)
-
-    def forecast(self, request: Request) -> Forecast:
-        """What would become of such a job if it were sent now; nothing is kept of it."""
-        decision = self.decide(request)
-        link = self.links[decision.region]
-        try:
-            offer = self._offer(link, request, None)
-            takers = fleet.able(link.cards(), request.type, request.model)
-        except Down:
-            return Forecast(decision, None, 0, request.model)
-        models = {card.models.get(request.type) for card in takers}
-        model = request.model or (models.pop() if len(models) == 1 else None)
-        return Forecast(decision, offer.ahead + 1, len(takers), model)
 
     def check(self) -> dict[str, str | None]:
         """What is wrong with each region's broker and store; None where both answer."""
@@ -653,74 +542,6 @@ class Dispatch:
                 continue
         return ""
 
-    def _home(self, request: Request) -> str:
-        """The region that the client asked for or comes from."""
-        return request.region or request.client_region or self._default_region
-
-    def _offer(self, link: Link, request: Request, owner: str | None) -> Offer:
-        """What a region can do for such a job of this owner. Raises Down."""
-        offer = link.offer(request.type, request.model, request.priority)
-        queue = routing.queue_name(link.region.name, request.type, request.model)
-        return replace(offer, ahead=offer.ahead + self._held.before(queue, request.priority, owner))
-
-    def _offers(self, request: Request, names: Iterable[str], owner: str | None = None) -> dict[str, Offer]:
-        """What those of the regions that can be reached can do for such a job."""
-        offers = {}
-        for name in names:
-            try:
-                offers[name] = self._offer(self.links[name], request, owner)
-            except Down:
-                continue
-        return offers
-
-
-class SentMarks:
-    """Marks jobs as sent, many at once, after their clients have been answered.
-
-    A mark that is lost with the process costs a second message, which the ledger answers with BUSY or DONE.
-    """
-
-    def __init__(self, rows: Rows) -> None:
-        self._rows = rows
-        self._sent: list[tuple[JobRow, str]] = []
-        self._lock = threading.Lock()
-        self._some = threading.Event()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="sent-marks", daemon=True)
-        self._thread.start()
-
-    def add(self, row: JobRow, epoch: str) -> None:
-        """The row's attempt has been sent."""
-        with self._lock:
-            self._sent.append((row, epoch))
-        self._some.set()
-
-    def flush(self) -> None:
-        """Write what has been added until now. Raises SQLAlchemyError; what was not written stays due."""
-        with self._lock:
-            sent, self._sent = self._sent, []
-        by_epoch: dict[str, list[tuple[str, int]]] = {}
-        for row, epoch in sent:
-            by_epoch.setdefault(epoch, []).append((row.id, row.attempt))
-        for epoch, jobs_sent in by_epoch.items():
-            self._rows.sent(jobs_sent, epoch=epoch)
-
-    def close(self) -> None:
-        """Write what is left."""
-        self._stop.set()
-        self._some.set()
-        self._thread.join(timeout=5)
-
-    def _work(self) -> None:
-        while not self._stop.is_set():
-            self._some.wait()
-            self._some.clear()
-            self._stop.wait(MARK_EVERY_S)
-            try:
-                self.flush()
-            except SQLAlchemyError as error:
-                logger.warning("some sent jobs stay due and will be sent twice: %s", error)
-
 
 def open_dispatch(
     engine: Engine,
@@ -741,9 +562,3 @@ def open_dispatch(
     return Dispatch(
         Rows(engine), open_links(regions), default_region, Blobs(blobs_url), tickets, max_unsent, fair_window
     )
-
-
-def _fingerprint(request: Request) -> str:
-    """Of what is to be done; how long a client waits for it, and from where it asks, may differ when it asks again."""
-    may_differ = ("queue_timeout_seconds", "client_region", "retry_of")
-    return fingerprint_of({key: value for key, value in asdict(request).items() if key not in may_differ})

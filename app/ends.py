@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from sqlalchemy import Connection
 
 from app.chores import while_leading
-from app.rows import JobRow, Rows
+from app.job_table import JobRow
+from app.rows import Rows
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from engines.catalogue import JobType
 from engines.contract import GIB
 from tasks import routing
 from tasks.fleet import Card, WorkerState
-from tasks.ledger import Traffic
+from tasks.records import Traffic
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Platform(Collector):
         first = next(iter(links))
         stores = {key: self._readers.submit(_ask_store, mailbox) for key, mailbox in mailboxes.items()}
         answers = {key: self._readers.submit(_ask_broker, broker, first) for key, broker in brokers.items()}
-        overdue = self._readers.submit(self._dispatch.rows.overdue_s)
+        overdue = self._readers.submit(self._dispatch.rows.census.overdue_s)
         held = self._readers.submit(self._dispatch.held_back)
         asked: list[Future[Any]] = [*stores.values(), *answers.values(), overdue, held]
         wait(asked, timeout=READ_S)
@@ -178,7 +178,7 @@ class Platform(Collector):
 
     def _waits(self, regions: Sequence[str]) -> dict[Kind, float] | None:
         """None while the database is away."""
-        reading = self._readers.submit(self._dispatch.rows.oldest_waits, regions)
+        reading = self._readers.submit(self._dispatch.rows.census.oldest_waits, regions)
         wait([reading], timeout=READ_S)
         return _result(reading)
 
@@ -259,7 +259,7 @@ def _ask_store(mailbox: Mailbox) -> StoreState:
     traffic, roster, memory = mailbox.traffic.get(), mailbox.workers.get(), mailbox.memory.get()
     with mailbox.breaker:
         discarded, forged = mailbox.ledger.discarded(), mailbox.ledger.forged()
-        lost = mailbox.ledger.lost_workers()
+        lost = mailbox.ledger.presence.lost_workers()
     return StoreState(traffic, roster.all(), discarded, forged, lost, memory.used, memory.most)
 
 

@@ -10,11 +10,11 @@ from flask import Response, jsonify, url_for
 from app import examples
 from app.audit import note_foreign
 from app.auth import caller, requires
-from app.dispatch import Place, Request, Statistics
 from app.errors import JobEnded, JobNotFound, NotAgain
+from app.job_table import JobRow
 from app.keys import Scope
 from app.parsing import Blueprint
-from app.rows import JobRow
+from app.request import Request
 from app.schemas import (
     CreateQuery,
     Cursor,
@@ -37,6 +37,7 @@ from app.schemas import (
 )
 from app.streams import END, sse, streams_here
 from app.submission import admit, check_worker, dispatch_here, located, take_turn, turn, verdict
+from app.waiting import Place, Statistics
 from tasks.job import JobState
 
 blueprint = Blueprint("jobs", __name__, url_prefix="/api/v1/jobs", description="Send inference jobs, follow them.")
@@ -66,14 +67,14 @@ def create(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> A
     dispatch = dispatch_here()
     wanted, origin = located(wanted)
     if query["dry_run"]:
-        return jsonify(_DRY_RUN.dump(DryRun(origin, dispatch.forecast(wanted))))
+        return jsonify(_DRY_RUN.dump(DryRun(origin, dispatch.placement.forecast(wanted))))
     admit()
     submitted = dispatch.submit(caller().owner, wanted, idempotency_key=headers["idempotency_key"])
     row = submitted.row
     extra = {"Location": url_for("jobs.show", job_id=row.id), "X-Job-Id": row.id}
     if submitted.replayed:
         extra["Idempotent-Replayed"] = "true"
-    return Shown(row, dispatch.place(row, submitted.standing)), 202, extra
+    return Shown(row, dispatch.placement.place(row, submitted.standing)), 202, extra
 
 
 @blueprint.post("/sync")
@@ -108,7 +109,11 @@ def run(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> Any:
         return Shown(row, Place(), result=dispatch.result(row)), status, extra
     # OpenAI's clients would send a job that failed or takes long twice more.
     extra["x-should-retry"] = "false"
-    return jsonify(_UNFINISHED.dump(Shown(row, dispatch.place(row), reason, dispatch.progress(row)))), status, extra
+    return (
+        jsonify(_UNFINISHED.dump(Shown(row, dispatch.placement.place(row), reason, dispatch.progress(row)))),
+        status,
+        extra,
+    )
 
 
 @blueprint.post("/stream")
@@ -166,7 +171,7 @@ def events(headers: dict[str, Any], job_id: str) -> Response:
 def show(job_id: str) -> Shown:
     """One job, with its result once it has completed."""
     row, dispatch = _find(job_id), dispatch_here()
-    return Shown(row, dispatch.place(row), progress=dispatch.progress(row), result=dispatch.result(row))
+    return Shown(row, dispatch.placement.place(row), progress=dispatch.progress(row), result=dispatch.result(row))
 
 
 @blueprint.delete("/<job_id>")
@@ -207,7 +212,7 @@ def retry(headers: dict[str, Any], job_id: str) -> Any:
     extra = {"Location": url_for("jobs.show", job_id=submitted.row.id), "X-Job-Id": submitted.row.id}
     if submitted.replayed:
         extra["Idempotent-Replayed"] = "true"
-    return Shown(submitted.row, dispatch.place(submitted.row, submitted.standing)), 202, extra
+    return Shown(submitted.row, dispatch.placement.place(submitted.row, submitted.standing)), 202, extra
 
 
 @blueprint.get("")

@@ -14,10 +14,12 @@ from urllib.parse import urlsplit
 from engines.catalogue import JobType
 from tasks import memory, routing
 from tasks.fleet import Card, Roster
-from tasks.ledger import WAIT_SLICE_S, Ledger, Queued, StoreError, Traffic, open_store
+from tasks.ledger import WAIT_SLICE_S, Ledger
 from tasks.memory import Memory, OutOfMemory
 from tasks.publisher import BrokerError, Publisher
+from tasks.records import Queued, Traffic
 from tasks.routing import Load, Offer, Region
+from tasks.store import StoreError, open_store
 
 logger = logging.getLogger(__name__)
 
@@ -272,7 +274,7 @@ def open_links(regions: Mapping[str, Region]) -> dict[str, Link]:
 
 def _mailbox(ledger: Ledger, breaker: Breaker, regions: list[str]) -> Mailbox:
     queues = [routing.queue_name(region, job_type) for region in regions for job_type in JobType]
-    workers = Recent(lambda: Roster(map(_card, ledger.cards())), breaker)
+    workers = Recent(lambda: Roster(map(_card, ledger.presence.cards())), breaker)
     ahead = [Recent(partial(ledger.ahead, priority), breaker) for priority in routing.PRIORITIES]
     traffic = Recent(lambda: ledger.traffic(queues), breaker)
     return Mailbox(ledger, breaker, workers, traffic, ahead, Recent(lambda: memory.read(ledger.store), breaker))

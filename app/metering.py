@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 from sqlalchemy import Connection
 
-from app.rows import JobRow
+from app.job_table import JobRow
 from app.usage import Meter
 
 logger = logging.getLogger(__name__)

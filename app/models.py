@@ -75,7 +75,7 @@ class Live:
 def index(query: dict[str, Any]) -> dict[str, Any]:
     """The catalogue, and what workers have loaded beside it."""
     dispatch: Dispatch = current_app.extensions["dispatch"]
-    live = live_models(dispatch.cards())
+    live = live_models(dispatch.placement.cards())
     known = {(row.type, row.id): row for row in MODELS}
     items = []
     for key in [*known, *sorted(live.keys() - known.keys())]:

@@ -11,12 +11,12 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from app.dispatch import Dispatch
+from app.job_table import JobRow
 from app.links import Down, Link, Mailbox, mailboxes, nearest
-from app.rows import JobRow
 from engines.catalogue import JobType
 from tasks import fleet, routing
 from tasks.fleet import WorkerState
-from tasks.ledger import LEASE_S
+from tasks.presence import LEASE_S
 
 logger = logging.getLogger(__name__)
 
@@ -106,14 +106,14 @@ class Reroute:
                 self._move_all(name, why, running=store_s >= UNREACHABLE_RUNNING_S)
         if now - self._looked_for_unknown_at >= UNKNOWN_EVERY_S:
             self._looked_for_unknown_at = now
-            unknown = set(self._rows.regions()) - self._links.keys()
+            unknown = set(self._rows.census.regions()) - self._links.keys()
             self._unknown = {name: self._unknown.get(name, now) for name in unknown}
             for name, since in self._unknown.items():
                 why = "it is not among the settings"
                 self._move_all(name, why, running=now - since >= UNREACHABLE_RUNNING_S)
 
     def _move_all(self, region: str, why: str, *, running: bool) -> None:
-        for job_type, model in self._rows.movable(region):
+        for job_type, model in self._rows.census.movable(region):
             self._move((region, job_type, model), why)
             if running:
                 self._move((region, job_type, model), why, running=True)
@@ -166,7 +166,7 @@ class Reroute:
         if not takers:
             return False
         with link.mailbox.breaker:
-            return link.mailbox.ledger.anyone_listens([card.worker_id for card in takers])
+            return link.mailbox.ledger.presence.anyone_listens([card.worker_id for card in takers])
 
     def _will_serve(self, link: Link, job_type: JobType, model: str | None) -> bool:
         return any(

@@ -22,7 +22,8 @@ from contextlib import suppress
 from app.blobs import FOLDERS, Blobs
 from app.chores import while_leading
 from app.links import Down, Link, Mailbox, mailboxes
-from app.rows import Rows, Traces
+from app.remains import Traces
+from app.rows import Rows
 from tasks.job import LIVE
 
 logger = logging.getLogger(__name__)
@@ -93,11 +94,15 @@ class Retention:
 
     def prune(self) -> int:
         """Delete the params and results of one batch of old jobs; how many there were."""
-        return self._let_go(self._rows.prunable(self._result_s, BATCH), self._rows.prune, "results are pruned")
+        return self._let_go(
+            self._rows.remains.prunable(self._result_s, BATCH), self._rows.remains.prune, "results are pruned"
+        )
 
     def delete(self) -> int:
         """Delete one batch of old rows; how many there were."""
-        return self._let_go(self._rows.outdated(self._row_s, BATCH), self._rows.delete, "rows are deleted")
+        return self._let_go(
+            self._rows.remains.outdated(self._row_s, BATCH), self._rows.remains.delete, "rows are deleted"
+        )
 
     def prune_others(self, stopped: threading.Event) -> None:
         """Delete what else is too old, in batches, until stopped is set."""
@@ -135,7 +140,7 @@ class Retention:
                 logger.warning("the blob store cannot be listed: %s", type(error).__name__)
                 return dropped
             for some in (aged[start : start + BATCH] for start in range(0, len(aged), BATCH)):
-                known = self._rows.traces([job_id for _, job_id in some])
+                known = self._rows.remains.traces([job_id for _, job_id in some])
                 orphans = [blob for blob, job_id in some if job_id not in known or blob not in known[job_id].blobs]
                 for blob in orphans:
                     self._blobs.drop(blob)
@@ -150,11 +155,11 @@ class Retention:
             with suppress(Down), mailbox.breaker:
                 for job_ids in mailbox.ledger.entered():
                     self._sweep(mailbox, job_ids)
-                if dropped := mailbox.ledger.drop_old_orders(time.time()):
+                if dropped := mailbox.ledger.presence.drop_old_orders(time.time()):
                     logger.warning("orders to drain are dropped, their workers are gone: %s", ", ".join(dropped))
 
     def _sweep(self, mailbox: Mailbox, job_ids: list[str]) -> None:
-        known = self._rows.traces(job_ids)
+        known = self._rows.remains.traces(job_ids)
         dead = [job_id for job_id in job_ids if job_id not in known or not known[job_id].live]
         records = mailbox.ledger.look_all(dead)
         for job_id, record in records.items():

@@ -15,10 +15,13 @@ from typing import Any, Protocol
 from flask import current_app
 from marshmallow import Schema, ValidationError, fields, post_load, validate, validates
 
-from app.dispatch import Dispatch, Forecast, Place, Request
+from app.dispatch import Dispatch
+from app.job_table import JobRow
 from app.origin import FoundBy, Origin
-from app.rows import JobRow
+from app.placement import Forecast
+from app.request import Request
 from app.settings import Settings
+from app.waiting import Place
 from engines.catalogue import JobType, UnknownModel
 from engines.contract import Progress
 from tasks.job import JobError, JobState
@@ -107,7 +110,7 @@ class JobCreate(JobFields):
         job_type, name = JobType(data["type"]), data["model"]
         dispatch: Dispatch = current_app.extensions["dispatch"]
         try:
-            model = None if name is None else dispatch.model_id(job_type, name)
+            model = None if name is None else dispatch.placement.model_id(job_type, name)
         except UnknownModel as error:
             raise ValidationError(str(error), "model") from error
         return Request(**{**data, "type": job_type, "model": model, "requested_model": name})

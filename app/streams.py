@@ -22,8 +22,8 @@ from flask import Response, current_app, request
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.dispatch import Dispatch, Unavailable
+from app.job_table import JobRow
 from app.links import Down
-from app.rows import JobRow
 from app.schemas import JobView, ProgressView, Shown
 from app.waiting import Place
 from engines.contract import Text
@@ -135,7 +135,7 @@ class Follower:
         heard = max(self._attempt, self._bare)
         # Of an attempt that has begun the row may still say for a moment that it waits.
         if row.status is JobState.QUEUED and heard < row.attempt:
-            place = self._dispatch.place(row)
+            place = self._dispatch.placement.place(row)
             status = f"queued-{row.attempt}-{place.position or ''}"
             if status != self._status:
                 self._status = status

@@ -9,11 +9,12 @@ from typing import assert_never
 from flask import current_app
 
 from app.auth import caller
-from app.dispatch import Dispatch, Request
+from app.dispatch import Dispatch
 from app.errors import Busy, Invalid
+from app.job_table import JobRow
 from app.limits import QueueCap
 from app.origin import HEADER, Origin, UnknownRegion, find_here
-from app.rows import JobRow
+from app.request import Request
 from tasks.job import JobState
 
 #: When to ask again where no worker is live: a worker needs about this long to load a small model.
@@ -38,7 +39,7 @@ def located(wanted: Request) -> tuple[Request, Origin]:
 
 def check_worker(wanted: Request) -> None:
     """Pass if a live worker may take such a job now. Raises Busy."""
-    if not dispatch_here().has_worker(wanted):
+    if not dispatch_here().placement.has_worker(wanted):
         what = wanted.type if wanted.model is None else f"{wanted.type} with {wanted.model}"
         detail = f"No live worker serves {what} where this job may run; nothing was submitted."
         raise Busy("no_worker", detail, retry_after_s=NO_WORKER_RETRY_S)

@@ -15,9 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from app.chores import while_leading
+from app.job_table import JobRow
 from app.keys import Keys
 from app.links import Down, Link
-from app.rows import JobRow, Rows
+from app.rows import Rows
 from engines.catalogue import JobType
 from tasks import routing
 from tasks.routing import Load
@@ -93,7 +94,7 @@ class HeldBack:
             return {}
         with self._lock:
             if time.monotonic() >= self._until:
-                self._counts = Counter(self._rows.held())
+                self._counts = Counter(self._rows.held.counts())
                 self._queues = {(queue, priority) for queue, priority, _ in self._counts}
                 self._until = time.monotonic() + FRESH_S
             return dict(self._counts)
@@ -112,7 +113,7 @@ class HeldBack:
 
     def own_before(self, row: JobRow) -> int:
         """How many of its owner's held jobs have their turn before this one."""
-        return self._rows.held_before(row, _MOST_BEFORE)
+        return self._rows.held.before(row, _MOST_BEFORE)
 
     def _own(self, queue: str, priority: int, owner: str | None) -> int:
         counts = self.counts().items()
@@ -156,7 +157,7 @@ class Turns:
     def release(self) -> int:
         """Send what has its turn now; how many jobs those were. A region that is away is passed over."""
         held: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
-        for (queue, priority, owner), count in self._rows.held().items():
+        for (queue, priority, owner), count in self._rows.held.counts().items():
             held[queue, priority][owner] = count
         for known in [key for key in self._had if key not in held]:
             # Nobody waits there any more: all begin anew.
@@ -181,11 +182,12 @@ class Turns:
         room = BATCH
         if self._least:
             if queue not in self._models:
-                self._models[queue] = self._rows.held_model(queue)
+                self._models[queue] = self._rows.held.model(queue)
             room = min(window(self._least, link.load(job_type, self._models[queue])) - waiting, BATCH)
         order = list(self._take_turns((queue, priority), counts, room))
         ready = {
-            owner: iter(self._rows.release(queue, priority, owner, times)) for owner, times in Counter(order).items()
+            owner: iter(self._rows.held.release(queue, priority, owner, times))
+            for owner, times in Counter(order).items()
         }
         sent = 0
         for owner in order:

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Row, case, delete, func, literal, select
 from sqlalchemy.dialects import postgresql, sqlite
 
-from app.rows import JobRow
+from app.job_table import JobRow
 from app.tables import api_keys, jobs, now, usage
 from engines.catalogue import JobType
 from tasks.job import LIVE, Envelope, JobState

@@ -5,13 +5,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from app.job_table import JobRow
 from app.links import Down, Link, nearest
-from app.rows import JobRow, Rows
+from app.rows import Rows
 from engines.catalogue import JobType
 from tasks import routing
 from tasks.fleet import Card, WorkerState
 from tasks.job import JobState
-from tasks.ledger import Standing
+from tasks.records import Standing
 from tasks.routing import Load
 
 _NOT_TAKING = {
@@ -116,7 +117,7 @@ def statistics(links: Mapping[str, Link], rows: Rows, held: Mapping[str, int] = 
     by_type: Counter[JobType] = Counter(dict.fromkeys(JobType, 0))
     by_region: dict[str, RegionStatistics] = {}
     waits: list[float] = []
-    oldest = rows.oldest_waits(links)
+    oldest = rows.census.oldest_waits(links)
     down: Down | None = None
     for name, link in links.items():
         depths: Counter[JobType] = Counter()
@@ -135,7 +136,7 @@ def statistics(links: Mapping[str, Link], rows: Rows, held: Mapping[str, int] = 
             reachable = True
         except Down as error:
             down, reachable, workers = error, False, 0
-            live = rows.live(name)
+            live = rows.census.live(name)
             depths = Counter({job_type: live.get((job_type, JobState.QUEUED), 0) for job_type in JobType})
             running = sum(count for (_, state), count in live.items() if state is JobState.RUNNING)
         by_type += depths

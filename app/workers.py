@@ -220,7 +220,7 @@ def _read(links: Iterable[Link]) -> tuple[list[Shown], list[str]]:
         mailbox, by_region = regions[0].mailbox, {link.region.name: link for link in regions}
         try:
             with mailbox.breaker:
-                seen, orders = mailbox.ledger.fleet(), mailbox.ledger.orders()
+                seen, orders = mailbox.ledger.presence.workers(), mailbox.ledger.presence.orders()
         except Down:
             unreachable += by_region
             continue
@@ -251,7 +251,7 @@ def _views(found: list[Shown]) -> list[dict[str, Any]]:
     scores: dict[tuple[int, str], float] = {}
     for mailbox, shared in _by_mailbox(found):
         with _answering(mailbox):
-            tallies = mailbox.ledger.tallies(shown.card.name for shown in shared)
+            tallies = mailbox.ledger.presence.tallies(shown.card.name for shown in shared)
         scores |= {(id(mailbox), name): reliability.score(tally) for name, tally in tallies.items()}
     return [shown.view(scores[id(shown.link.mailbox), shown.card.name]) for shown in found]
 
@@ -264,7 +264,7 @@ def _order(found: list[Shown], *, drain: bool) -> None:
             ids.setdefault(shown.card.name, []).append(shown.card.worker_id)
         for name, worker_ids in ids.items():
             with _answering(mailbox):
-                mailbox.ledger.order(name, worker_ids, drain=drain)
+                mailbox.ledger.presence.order(name, worker_ids, drain=drain)
             logger.info("worker %s is told to %s by %s", name, "drain" if drain else "resume", caller().key)
 
 
@@ -274,8 +274,8 @@ def _forget(name: str) -> bool:
     for mailbox in mailboxes(_links()):
         try:
             with mailbox.breaker:
-                if name in mailbox.ledger.orders():
-                    mailbox.ledger.order(name, (), drain=False)
+                if name in mailbox.ledger.presence.orders():
+                    mailbox.ledger.presence.order(name, (), drain=False)
                     forgot = True
         except Down:
             continue

@@ -17,7 +17,8 @@ from bench.rig import Client, Rig, rig
 from engines.catalogue import JobType
 from tasks import routing
 from tasks.job import Job, JobState
-from tasks.ledger import Ledger, open_store
+from tasks.ledger import Ledger
+from tasks.store import open_store
 
 REGION = "europe-west"
 CHAT = {"type": "llm", "params": {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 10}}

@@ -15,14 +15,17 @@ from statistics import median, quantiles
 
 import redis
 
-from app.dispatch import Dispatch, Request, open_dispatch
+from app.dispatch import Dispatch, open_dispatch
+from app.request import Request
 from app.tables import open_database
 from bench.rig import Rig, rig
 from engines.catalogue import JobType
 from tasks.fleet import Card
 from tasks.job import Job
-from tasks.ledger import BEAT_S, Ledger, open_store
+from tasks.ledger import Ledger
+from tasks.presence import BEAT_S
 from tasks.routing import Region
+from tasks.store import open_store
 
 #: Jobs that each beating worker runs.
 RUNNING = 4
@@ -80,7 +83,7 @@ def routing(made: Rig, workers: int, regions: int) -> None:
     line("read again, one in ten changed", [changed() for _ in range(5)], "ms")
     line("read the running jobs", [timed(recount) for _ in range(5)], "ms")
     for home, what in (("region-1", "home has a free slot"), ("region-0", f"all {regions} regions compared")):
-        decide = partial(dispatch.decide, replace(request, region=home))
+        decide = partial(dispatch.placement.decide, replace(request, region=home))
         took = []
         end = time.monotonic() + DECISIONS_S
         while time.monotonic() < end:
@@ -88,7 +91,7 @@ def routing(made: Rig, workers: int, regions: int) -> None:
             time.sleep(0.001)
         line(f"decision, {what}", took, "us")
         line("  the slowest, which reads all of the above", [max(took)], "ms")
-    line("list of all workers, for admins", [timed(ledger.fleet) for _ in range(5)], "ms")
+    line("list of all workers, for admins", [timed(ledger.presence.workers) for _ in range(5)], "ms")
     dispatch.close()
     ledger.store.flushdb()
 
@@ -154,7 +157,7 @@ def fleet(workers: int, regions: int) -> list[Card]:
 def show(ledger: Ledger, cards: list[Card]) -> None:
     """Each beats once, and its lease outlives the measurement."""
     for card in cards:
-        ledger.beat(card.worker_id, card.encode(), [], name=card.name, lease_s=3600)
+        ledger.presence.beat(card.worker_id, card.encode(), [], name=card.name, lease_s=3600)
 
 
 def hold(ledger: Ledger, card: Card) -> list[str]:
@@ -199,7 +202,7 @@ def beat_for(url: str, cards: list[Card], jobs: dict[str, list[str]], seconds: f
     began, count = time.monotonic(), 0
     while time.monotonic() < began + seconds:
         worker_id, text, running, name = said[count % len(said)]
-        ledger.beat(worker_id, text, running, name=name)
+        ledger.presence.beat(worker_id, text, running, name=name)
         count += 1
         if rate is not None:
             time.sleep(max(began + count / rate - time.monotonic(), 0))

@@ -17,8 +17,8 @@ from prometheus_client import generate_latest
 
 from app.dispatch import open_dispatch
 from app.gauges import FRESH_S, Platform
+from app.job_table import JobRow
 from app.metering import Metering
-from app.rows import JobRow
 from app.tables import open_database, upgrade
 from bench.rig import rig
 from engines.catalogue import JobType
@@ -83,7 +83,7 @@ def scrape(environ: dict[str, str], folder: Path) -> None:
                 ledger.put(Job(queue, job_type, 1), queue=queue, priority=0, params="{}", timeout_s=60)
     for number in range(WORKERS):
         card = Card(f"w{number}", f"w{number}", "asia-east", "h", "cpu", {JobType.LLM: "echo"}, {JobType.LLM: 8}, 0.0)
-        ledger.beat(card.worker_id, card.encode(), [])
+        ledger.presence.beat(card.worker_id, card.encode(), [])
     leads = threading.Event()
     leads.set()
     dispatch.metering.registry.register(Platform(dispatch, leads, {"database": folder}))

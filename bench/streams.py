@@ -19,7 +19,8 @@ from bench.rig import Client, Rig, rig
 from engines.catalogue import JobType
 from engines.contract import Text
 from tasks.job import Job
-from tasks.ledger import Ledger, open_store
+from tasks.ledger import Ledger
+from tasks.store import open_store
 from tasks.stream import Feed, Teller
 
 WORKER = "bench"

@@ -25,7 +25,8 @@ from local.processes import Hear, ProcessEnded, Processes
 from local.settings import LOOPBACK, Settings, for_processes
 from tasks import settings as task_settings
 from tasks.fleet import Card, WorkerState
-from tasks.ledger import Ledger, open_store
+from tasks.ledger import Ledger
+from tasks.store import open_store
 
 #: Called with one line of progress.
 Say = Callable[[str], None]
@@ -166,7 +167,9 @@ def _parts(settings: Settings, environ: Mapping[str, str]) -> list[tuple[str, Re
         return "control leads" if leads else None
 
     def worker() -> str | None:
-        models = models_loaded((Card.decode(text) for ledger in ledgers for text in ledger.cards()), since=began)
+        models = models_loaded(
+            (Card.decode(text) for ledger in ledgers for text in ledger.presence.cards()), since=began
+        )
         return f"worker has loaded {', '.join(models)}" if models else None
 
     def flower() -> str:

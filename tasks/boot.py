@@ -30,10 +30,12 @@ from tasks import bootstrap, consuming, logs, memory, routing, settings, tracing
 from tasks.channel import Listener
 from tasks.duty import Duty, Hours
 from tasks.fleet import Card, WorkerState
-from tasks.ledger import BEAT_S, Ledger, StoreError, open_store
+from tasks.ledger import Ledger
 from tasks.options import EXIT_AWAY as EXIT_AWAY
 from tasks.options import EXIT_CONFIG as EXIT_CONFIG
+from tasks.presence import BEAT_S
 from tasks.station import FALL_GRACE_S, Station
+from tasks.store import StoreError, open_store
 
 if TYPE_CHECKING:
     from tasks.direct import DirectServer

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import redis
 
-from tasks.ledger import DRAIN, RESUME
+from tasks.presence import DRAIN, RESUME
 
 logger = logging.getLogger(__name__)
 

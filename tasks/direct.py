@@ -34,9 +34,10 @@ from engines.failure import frames
 from tasks import addresses, headers, logs, reading, showing, tokens
 from tasks.fleet import WorkerState
 from tasks.job import DirectJob, Envelope, JobState
-from tasks.ledger import Ledger, StoreError
+from tasks.ledger import Ledger
 from tasks.settings import DirectSettings
 from tasks.station import Run, Station, StationClosed
+from tasks.store import StoreError
 from tasks.tokens import Token, TokenRefused
 
 logger = logging.getLogger(__name__)

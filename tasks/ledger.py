@@ -37,32 +37,21 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from enum import StrEnum
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from engines.contract import Progress
 from tasks import reliability, routing
 from tasks.job import MAX_ATTEMPTS, DirectJob, Envelope, Job, JobState
-from tasks.reliability import Tally
+from tasks.presence import LEASE_S, LOST_TTL_S, Presence
+from tasks.records import Answer, Claim, Entered, Queued, Record, Said, Standing, Traffic
+from tasks.store import scripts
 
 logger = logging.getLogger(__name__)
 
-LEASE_S = 10.0
-BEAT_S = 2.0
-#: How long a lost worker is shown.
-LOST_TTL_S = 24 * 3600
-#: How long an order to drain outlives the last worker of its name.
-ORDER_TTL_S = 90 * 24 * 3600
-#: What an order to drain says when it is pushed to the worker; and what takes it back.
-DRAIN, RESUME = "drain", "resume"
 #: How long an outcome that nobody folded is kept.
 OUTCOME_TTL_S = 24 * 3600
 #: How long the trace of a job is known; what happens to it later is in a trace of its own.
@@ -78,148 +67,12 @@ EVENTS_TTL_S = 3600
 ENDED_EVENTS_TTL_S = 60
 #: One blocking wait; the record is looked at again between two of them.
 WAIT_SLICE_S = 5.0
-#: Of one client to a store; the threads of a process are fewer.
-MOST_CONNECTIONS = 25_000
-
-StoreError = redis.RedisError
+_SCRIPTS = (
+    *("put", "stand", "cancel", "refuse", "withdraw", "orphans", "bury"),
+    *("begin", "enter", "tell", "finish", "release"),
+)
 
 T = TypeVar("T")
-
-
-class Answer(StrEnum):
-    """What begin() tells a worker that holds a message."""
-
-    #: Run it: the attempt is yours.
-    RUN = "RUN"
-    #: It has an outcome already.
-    DONE = "DONE"
-    #: Its owner no longer wants it.
-    CANCELLED = "CANCELLED"
-    #: The message is of an older attempt, or of a job this store does not know.
-    STALE = "STALE"
-    #: A worker that is alive runs it.
-    BUSY = "BUSY"
-    #: It has been delivered too often: it may be what kills its workers.
-    POISON = "POISON"
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """The answer to begin(); all but the answer itself with RUN only."""
-
-    answer: Answer
-    params: Mapping[str, Any]
-    timeout_s: float
-    #: What its outcome must carry.
-    ticket: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """Where a queued job stands among those that wait for the same workers."""
-
-    #: Jobs before it in its own queue, and in the queues beside it.
-    before: int
-    before_beside: int
-    #: Jobs that run of its own queue, and of the queues beside it.
-    running: int
-    running_beside: int
-
-
-@dataclass(frozen=True, slots=True)
-class Entered:
-    """The answer to put(): the record's state, where it stands if that is queued, and the store's epoch."""
-
-    state: str
-    epoch: str
-    standing: Standing | None
-
-
-@dataclass(frozen=True, slots=True)
-class Queued:
-    """One queue: how many of its jobs wait, the model it is for (None for any), and how many run."""
-
-    depth: int
-    model: str | None
-    running: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Traffic:
-    """One queue: what waits, what runs, and how long it takes."""
-
-    depth: int
-    #: Seconds since each running job began, by the store's clock; the longest first.
-    elapsed_s: Sequence[float]
-    #: Running mean of a completed job's seconds; None until there was one.
-    mean_s: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """A job's live record as fold() needs it."""
-
-    state: str
-    attempt: int
-    worker_id: str | None
-    #: Unix seconds by the store's clock.
-    started_at: float | None
-    outcome: Envelope | None
-    #: Set if its client brought it to the worker: then it may have no row yet.
-    direct: DirectJob | None = None
-    #: The outcome as it was found, for refuse().
-    said: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Heard:
-    """The answer to beat(): job ids, and whether the worker must drain."""
-
-    cancelled: Sequence[str]
-    lost: Sequence[str]
-    ghosts: Sequence[str]
-    drained: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """What a run says since it was last told: how far it has come, and the next entry of its job's stream."""
-
-    job_id: str
-    attempt: int
-    progress: Progress | None
-    number: int
-    #: JSON text.
-    entry: str
-
-
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """A worker as the store knows it."""
-
-    worker_id: str
-    #: What it last showed, as fleet.Card.encode() wrote it.
-    card: str
-    #: Unix seconds by the store's clock.
-    last_beat: float
-    #: Its lease is alive.
-    alive: bool
-
-
-def open_store(url: str, *, timeout_s: float, block_s: float = 0.0) -> redis.Redis:
-    """A client that gives up after timeout_s, plus block_s for blocking reads, instead of waiting for a dead server."""
-    return redis.Redis.from_url(
-        url,
-        socket_timeout=timeout_s + block_s,
-        socket_connect_timeout=timeout_s,
-        socket_keepalive=True,
-        # One for each thread that asks or waits at once. redis-py allows 100, and the next ones get an error that looks
-        # as if the server were away.
-        max_connections=MOST_CONNECTIONS,
-        decode_responses=True,
-        # A retry would wait for the same dead server again; callers decide what a failure means.
-        retry=Retry(NoBackoff(), 0),
-    )
 
 
 class Ledger:
@@ -233,17 +86,9 @@ class Ledger:
         self.store = store
         self._waiting = waiting
         self._bulk = bulk or store
-        scripts = {path.stem: path.read_text() for path in (Path(__file__).parent / "lua").glob("*.lua")}
-        count = scripts.pop("count")
-        for name in ("finish", "orphans"):
-            scripts[name] = count + scripts[name]
-        say = scripts.pop("say")
-        for name in ("tell", "finish", "cancel", "withdraw"):
-            scripts[name] = say + scripts[name]
-        standing = scripts.pop("standing")
-        for name in ("put", "stand"):
-            scripts[name] = standing + scripts[name]
-        self._run = {name: store.register_script(text) for name, text in scripts.items()}
+        self._run = scripts(store, _SCRIPTS)
+        #: The workers of the region.
+        self.presence = Presence(store)
 
     # The API's side
 
@@ -465,10 +310,6 @@ class Ledger:
         """How many outcomes came too late for their attempt in this life of the store."""
         return int(cast(str | None, self.store.get("discarded")) or 0)
 
-    def lost_workers(self) -> int:
-        """How many workers left without a word within LOST_TTL_S and did not come back."""
-        return self.store.zcard("lost")
-
     def note_trace(self, job_id: str, traceparent: str) -> None:
         """Note the span that sends the job, for whoever sends it again or folds it; the first one stands."""
         self.store.set(f"trace:{job_id}", traceparent, nx=True, ex=TRACE_TTL_S)
@@ -491,12 +332,6 @@ class Ledger:
     def bury(self, worker_id: str, job_id: str) -> None:
         """The job is no longer the dead worker's; its row has been dealt with."""
         self._run["bury"](keys=[f"job:{job_id}", f"running:{worker_id}"], args=[job_id, worker_id])
-
-    def anyone_listens(self, worker_ids: Sequence[str]) -> bool:
-        """Whether at least one of the workers has its control channel open, as each that is alive does."""
-        channels = [f"ctl:{worker_id}" for worker_id in worker_ids]
-        counts = cast(list[tuple[str, int]], self.store.pubsub_numsub(*channels))
-        return any(listeners for _, listeners in counts)
 
     def withdraw(self, moved: Iterable[tuple[str, int]]) -> None:
         """Drop what these jobs left behind, given as (id, present attempt); whoever waits for them is woken.
@@ -526,17 +361,6 @@ class Ledger:
                 pipe.zrem(f"wait:{queue}", *gone)
                 pipe.zrem(f"begun:{queue}", *gone)
         pipe.execute()
-
-    def drop_old_orders(self, now: float) -> list[str]:
-        """Names whose order to drain is dropped: no worker of that name was there for ORDER_TTL_S."""
-        orders = cast(dict[str, str], self.store.hgetall("orders"))
-        old = [name for name, at in orders.items() if at != DRAIN and float(at) < now - ORDER_TTL_S]
-        if old:
-            self.store.hdel("orders", *old)
-        if unstamped := {name: str(int(now)) for name, at in orders.items() if at == DRAIN}:
-            # Of an earlier version.
-            self.store.hset("orders", mapping=cast(Any, unstamped))
-        return old
 
     # The worker's side
 
@@ -619,96 +443,12 @@ class Ledger:
         keys = [f"job:{job.id}", "seq", "news", f"running:{worker_id}"]
         return bool(self._run["release"](keys=keys, args=[job.id, job.attempt, worker_id]))
 
-    def beat(
-        self, worker_id: str, card: str, running: Sequence[str], *, name: str = "", lease_s: float = LEASE_S
-    ) -> Heard:
-        """Renew the lease, show the card, and hear of cancels, of jobs that were taken away, and of orders.
-
-        name: what the worker is called, to which orders are given; its id by default.
-        """
-        cancelled, lost, ghosts, drained = self._run["beat"](
-            keys=[f"lease:{worker_id}", "workers", f"running:{worker_id}", "cards", "lost", "names", "orders"],
-            args=[worker_id, int(lease_s * 1000), card, name or worker_id, *running],
-        )
-        return Heard(cancelled, lost, ghosts, bool(drained))
-
     def tell(self, worker_id: str, said: Sequence[Said]) -> None:
         """Show what jobs say that the worker holds; of those that it does not, nothing."""
         words: list[str | int] = []
         for each in said:
             words += [each.job_id, each.attempt, _progress_text(each.progress), each.number, each.entry]
         self._run["tell"](keys=[], args=[worker_id, MOST_ENTRIES, EVENTS_TTL_S, *words])
-
-    def retire(self, worker_id: str, *, name: str = "", told: bool = True) -> None:
-        """End the lease now; what the worker still held is taken over at once.
-
-        told: it goes because somebody said so, and is not missed. Otherwise it is lost until it is started again.
-        """
-        keys = [f"lease:{worker_id}", "ended", "cards", "names"]
-        self._run["retire"](keys=keys, args=[worker_id, name or worker_id, int(told)])
-
-    def cards(self) -> list[str]:
-        """The cards of all workers whose lease is alive."""
-        workers = cast(list[str], self.store.zrange("workers", 0, -1))
-        if not workers:
-            return []
-        cards = cast(list[str | None], self.store.mget([f"lease:{worker}" for worker in workers]))
-        return [card for card in cards if card is not None]
-
-    # The fleet
-
-    def fleet(self) -> list[Seen]:
-        """Every worker that beats, and every one that was lost within a day."""
-        pipe = self.store.pipeline(transaction=False)
-        pipe.zrange("lost", 0, -1, withscores=True)
-        pipe.zrange("workers", 0, -1, withscores=True)
-        pipe.hgetall("cards")
-        lost, beating, cards = cast(
-            tuple[list[tuple[str, float]], list[tuple[str, float]], dict[str, str]], pipe.execute()
-        )
-        for worker_id, _ in beating:
-            pipe.exists(f"lease:{worker_id}")
-        alive = {
-            worker_id for (worker_id, _), held in zip(beating, pipe.execute() if beating else [], strict=True) if held
-        }
-        return [
-            Seen(worker_id, cards[worker_id], beat, worker_id in alive)
-            # One that has just come back may be in both.
-            for worker_id, beat in {**dict(lost), **dict(beating)}.items()
-            if worker_id in cards
-        ]
-
-    def orders(self) -> set[str]:
-        """Names of the workers that must drain, also of those that are not there."""
-        return set(cast(list[str], self.store.hkeys("orders")))
-
-    def order(self, name: str, worker_ids: Iterable[str], *, drain: bool) -> None:
-        """Tell the workers of a name to take no new jobs, or that they may again.
-
-        worker_ids: those that hear it at once; any other with its next beat, also after a restart.
-        """
-        pipe = self.store.pipeline(transaction=True)
-        if drain:
-            pipe.hset("orders", name, int(time.time()))
-        else:
-            pipe.hdel("orders", name)
-        for worker_id in worker_ids:
-            pipe.publish(f"ctl:{worker_id}", DRAIN if drain else RESUME)
-        pipe.execute()
-
-    def tallies(self, names: Iterable[str]) -> dict[str, Tally]:
-        """What the workers of these names did, faded to now."""
-        wanted = list(dict.fromkeys(names))
-        pipe = self.store.pipeline(transaction=False)
-        pipe.time()
-        for name in wanted:
-            pipe.hmget(f"reliability:{name}", "good", "faults", "at")
-        (seconds, microseconds), *found = pipe.execute()
-        now = seconds + microseconds / 1e6
-        return {
-            name: reliability.decayed(Tally(*(float(value or 0) for value in values)), now)
-            for name, values in zip(wanted, found, strict=True)
-        }
 
     def _client_for(self, text: str) -> redis.Redis:
         if len(text) <= BULK_CHARS or self._bulk is self.store:

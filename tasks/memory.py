@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import redis
 
-from tasks.ledger import open_store
 from tasks.routing import Region
 from tasks.settings import SettingsError
+from tasks.store import open_store
 
 logger = logging.getLogger(__name__)
 

@@ -34,7 +34,10 @@ from tasks import logs, routing, tracing
 from tasks.duty import Duty
 from tasks.fleet import Card, WorkerState
 from tasks.job import DirectJob, Envelope, Job, JobError, JobState
-from tasks.ledger import BEAT_S, LEASE_S, Answer, Claim, Ledger, StoreError
+from tasks.ledger import Ledger
+from tasks.presence import BEAT_S, LEASE_S
+from tasks.records import Answer, Claim
+from tasks.store import StoreError
 from tasks.stream import Feed, Teller
 
 logger = logging.getLogger(__name__)
@@ -230,7 +233,7 @@ class Station:
         if self._beating.is_alive():
             self._beating.join(timeout=2 * BEAT_S)
         try:
-            self._ledger.retire(self.worker_id, name=self._card.name)
+            self._ledger.presence.retire(self.worker_id, name=self._card.name)
         except StoreError as error:
             logger.warning("the lease ends by itself; the store is away: %s", error)
         for engine in self._engines.values():
@@ -490,7 +493,7 @@ class Station:
             running = list(self._runs)
         card = self.card
         lease_s = LOADING_LEASE_S if card.state is WorkerState.LOADING else LEASE_S
-        heard = self._ledger.beat(self.worker_id, card.encode(), running, name=card.name, lease_s=lease_s)
+        heard = self._ledger.presence.beat(self.worker_id, card.encode(), running, name=card.name, lease_s=lease_s)
         self._heed(heard.drained)
         for job_id in heard.cancelled:
             self.interrupt(job_id, JobCancelled())
@@ -555,7 +558,7 @@ class Station:
         try:
             for run in list(self._runs.values()):
                 self._ledger.release(run.job, worker_id=self.worker_id)
-            self._ledger.retire(self.worker_id, name=self._card.name, told=told)
+            self._ledger.presence.retire(self.worker_id, name=self._card.name, told=told)
         except StoreError as error:
             logger.warning("the lease ends by itself; the store is away: %s", error)
 

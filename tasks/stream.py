@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 from engines.contract import Progress, Text
 from tasks.job import Job
-from tasks.ledger import Ledger, Said, StoreError
+from tasks.ledger import Ledger
+from tasks.records import Said
+from tasks.store import StoreError
 
 logger = logging.getLogger(__name__)
 

@@ -34,6 +34,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
+# A shell that starts the tests in the background ignores Ctrl-C for them, and so for every process that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # No test's worker is told anything by the config.yaml of whoever runs the tests, no admin API by gpu_admin.yaml.
 os.environ["GPU_CONFIG"] = os.devnull
 os.environ["GPU_ADMIN_CONFIG"] = os.devnull

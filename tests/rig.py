@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from app import control
-from app.dispatch import Dispatch, Request, open_dispatch
+from app.dispatch import Dispatch, open_dispatch
+from app.job_table import JobRow
 from app.keys import Keys
-from app.rows import JobRow
+from app.request import Request
 from app.tables import open_database
 from app.turns import Turns
 from engines.catalogue import JobType

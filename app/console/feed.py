@@ -74,7 +74,9 @@ class Feed:
         dispatch = self._dispatch
         at = time.time()
         #: Moments, not lengths: what only grows older is no change.
-        oldest = {queue: round(at - wait_s, 1) for queue, wait_s in dispatch.rows.oldest_waits(dispatch.links).items()}
+        oldest = {
+            queue: round(at - wait_s, 1) for queue, wait_s in dispatch.rows.census.oldest_waits(dispatch.links).items()
+        }
         queues: list[dict[str, Any]] = []
         regions: list[dict[str, Any]] = []
         for name, link in dispatch.links.items():
@@ -129,7 +131,7 @@ class Feed:
             "regions": regions,
             "queues": queues,
             "workers": _workers(dispatch),
-            "pulse": dispatch.rows.pulse(),
+            "pulse": dispatch.rows.census.pulse(),
         }
 
 

@@ -5,8 +5,8 @@ from typing import Any, Protocol
 
 from marshmallow import Schema, fields
 
+from app.job_table import JobRow
 from app.openai.calls import Done
-from app.rows import JobRow
 
 Logprobs = Sequence[Mapping[str, Any]]
 

@@ -10,10 +10,11 @@ from flask import request
 from marshmallow import EXCLUDE, ValidationError, fields, post_load, validate
 
 from app.auth import caller
-from app.dispatch import Dispatch, Request
+from app.dispatch import Dispatch
+from app.job_table import JobRow
 from app.openai.errors import ModelLoading, ModelNotFound, NoResult
 from app.parsing import refusal
-from app.rows import JobRow
+from app.request import Request
 from app.schemas import LONGEST_SYNC_S, IdempotencyHeaders, known_region
 from app.submission import admit, check_worker, dispatch_here, located, turn, verdict
 from engines.catalogue import JobType, UnknownModel
@@ -47,7 +48,7 @@ class Call:
         """The job for validated params. Raises ModelNotFound."""
         any_model = model.casefold() == job_type
         try:
-            model_id = None if any_model else dispatch_here().model_id(job_type, model)
+            model_id = None if any_model else dispatch_here().placement.model_id(job_type, model)
         except UnknownModel as error:
             raise ModelNotFound(str(error)) from error
         wanted = Request(
@@ -159,11 +160,11 @@ def await_worker(wanted: Request) -> None:
     """
     dispatch = dispatch_here()
     end = time.monotonic() + LOADING_S
-    while not dispatch.has_worker(wanted):
+    while not dispatch.placement.has_worker(wanted):
         node = next(
             (
                 card.name
-                for card in dispatch.cards()
+                for card in dispatch.placement.cards()
                 if card.state is WorkerState.LOADING
                 and wanted.type in card.slots
                 and wanted.model in (None, card.models.get(wanted.type))

@@ -6,7 +6,6 @@ from typing import Any
 from marshmallow import RAISE, Schema, ValidationError, fields, post_load, pre_load, validate
 
 from app.auth import requires
-from app.dispatch import Request
 from app.keys import Scope
 from app.openai import answers
 from app.openai.calls import Call, CallHeaders, job_ids, params_for, run
@@ -14,6 +13,7 @@ from app.openai.chunks import stream
 from app.openai.fields import Asked, Ignored, Unsupported
 from app.openai.routes import STREAM, blueprint, states_server_errors
 from app.parsing import refusal
+from app.request import Request
 from engines.catalogue import JobType
 from engines.fields import Int, Text, Truth
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from flask import Response
 
-from app.dispatch import Request
+from app.job_table import JobRow
 from app.openai.answers import Chunks, choices_of
 from app.openai.calls import Call, await_worker, failure
 from app.openai.errors import NoResult, body
-from app.rows import JobRow
+from app.request import Request
 from app.streams import Event, sse, streams_here
 from app.submission import dispatch_here, take_turn
 

@@ -40,7 +40,7 @@ class ServedModelList(Schema):
 @blueprint.response(200, ServedModelList)
 def list_models() -> dict[str, Any]:
     """What live workers serve."""
-    return {"object": "list", "data": list(_served(dispatch_here().cards()).values())}
+    return {"object": "list", "data": list(_served(dispatch_here().placement.cards()).values())}
 
 
 @blueprint.get("/models/<path:model>")
@@ -48,7 +48,7 @@ def list_models() -> dict[str, Any]:
 @blueprint.response(200, ServedModel)
 def show_model(model: str) -> dict[str, Any]:
     """One model that is served, by its id or another name of it."""
-    served = _served(dispatch_here().cards())
+    served = _served(dispatch_here().placement.cards())
     by_name = {known.casefold(): known for known in served}
     for job_type in JobType:
         if found := by_name.get(model.casefold()):

@@ -18,8 +18,9 @@ from app.settings import Settings
 from engines.catalogue import JobType
 from tasks.fleet import Card
 from tasks.job import Envelope, Job, JobError, JobState
-from tasks.ledger import Ledger, open_store
+from tasks.ledger import Ledger
 from tasks.settings import load_regions
+from tasks.store import open_store
 from tests.rig import Platform, free_port
 
 CHAT = {"type": "llm", "params": {"messages": [{"role": "user", "content": "你好"}]}}
@@ -46,7 +47,7 @@ class HandWorker:
     def show(self, model: str = "echo") -> None:
         """Be alive for one lease, as a worker of that language model."""
         card = Card(self.id, self.id, REGION, "host", "cpu", {JobType.LLM: model}, {JobType.LLM: 2}, time.time())
-        self.ledger.beat(self.id, card.encode(), [])
+        self.ledger.presence.beat(self.id, card.encode(), [])
 
     def begin(self, job_id: str) -> Mapping[str, Any]:
         """Begin the job's first attempt; its params."""

@@ -12,7 +12,7 @@ from sqlalchemy import update
 
 from app.console.feed import Feed
 from app.console.history import MINUTE_S, SAMPLE, History
-from app.rows import JobRow
+from app.job_table import JobRow
 from app.tables import jobs, now
 from tests.app.conftest import CHAT
 

@@ -21,7 +21,8 @@ from app.tables import open_database
 from engines.catalogue import JobType
 from tasks.fleet import Card, WorkerState
 from tasks.job import DirectJob, Envelope, Job, JobState
-from tasks.ledger import Ledger, open_store
+from tasks.ledger import Ledger
+from tasks.store import open_store
 from tests.rig import free_port, until
 
 NEAREST = "/api/v1/jobs/direct/nearest"
@@ -51,7 +52,7 @@ class Fleet:
             "direct_url": f"http://{name}:8080",
         }
         card = Card(**{**values, **changes})
-        self.ledger.beat(card.worker_id, card.encode(), [], name=name)
+        self.ledger.presence.beat(card.worker_id, card.encode(), [], name=name)
         self.store.hset(f"reliability:{name}", mapping={"good": good, "faults": faults, "at": time.time() + 60})
 
 
@@ -233,7 +234,7 @@ def test_a_direct_job_whose_worker_is_lost_fails_and_is_not_run_again(client, ap
     reconciler.tick()
 
     fleet.ledger.release(Job(given_up, JobType.LLM, 1), worker_id="w1-1")
-    fleet.ledger.retire("w1-1", name="w1", told=False)
+    fleet.ledger.presence.retire("w1-1", name="w1", told=False)
     for _ in range(3):
         reconciler.tick()
 

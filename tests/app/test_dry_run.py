@@ -24,7 +24,7 @@ def show(worker):
         llm = JobType.LLM
         ids = (f"{region}-{name}", name, region, "host", "cpu")
         card = Card(*ids, {llm: model}, {llm: slots}, time.time(), state=state)
-        worker.ledger.beat(card.worker_id, card.encode(), [])
+        worker.ledger.presence.beat(card.worker_id, card.encode(), [])
 
     return show
 

@@ -126,7 +126,7 @@ def test_control_counts_each_end_once_with_its_times_and_tokens(scraped, client,
 def test_control_shows_queues_workers_and_how_many_there_should_be(scraped, client, worker):
     card = Card(worker.id, "w", REGION, "host", "cuda:0", {JobType.LLM: "echo"}, {JobType.LLM: 2}, time.time())
     card = replace(card, busy={JobType.LLM: 1}, batch={JobType.LLM: 1}, gpu_memory_gib=24.0, gpu_memory_used_gib=6.0)
-    worker.ledger.beat(worker.id, card.encode(), [])
+    worker.ledger.presence.beat(worker.id, card.encode(), [])
     ids = [client.post(JOBS, json=CHAT).json["job_id"] for _ in range(7)]
     worker.begin(ids[0])
     worker.store.set("discarded", 3)

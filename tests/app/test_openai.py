@@ -16,8 +16,8 @@ import requests
 from openai import OpenAI
 from PIL import Image
 
+from app.job_table import JobRow
 from app.keys import Keys, Scope
-from app.rows import JobRow
 from app.tables import open_database
 from tasks.job import JobState
 from tests.rig import ROOT, Platform, free_port, until

@@ -9,10 +9,10 @@ import pytest
 from flask import Flask
 
 from app.auth import public
-from app.dispatch import Request
 from app.openai import answers
 from app.openai.audio import srt, vtt
 from app.openai.chunks import Said
+from app.request import Request
 from app.streams import Event
 from engines.catalogue import JobType
 from engines.schemas import load_params
@@ -135,7 +135,7 @@ def test_a_model_that_nobody_knows_serves_or_has_loaded_yet(client, worker, monk
     # So long would a client wait for a model; the worker does not get ready within the test.
     monkeypatch.setattr("app.openai.calls.LOADING_S", 0.0)
     card = Card(worker.id, "gpu-7", REGION, "host", "cpu", {JobType.LLM: "echo"}, {JobType.LLM: 2}, 1.0)
-    worker.ledger.beat(worker.id, replace(card, state=WorkerState.LOADING).encode(), [])
+    worker.ledger.presence.beat(worker.id, replace(card, state=WorkerState.LOADING).encode(), [])
     asked = {**HELLO, "model": "echo"}
     # What the API knows of workers is up to a second old.
     until(lambda: client.post(CHAT, json=asked).json["error"]["code"] != "no_worker", 5)

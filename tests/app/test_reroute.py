@@ -11,15 +11,18 @@ from sqlalchemy import text
 
 from app import links, reroute
 from app.control import Reconciler
-from app.dispatch import Dispatch, Request, open_dispatch
+from app.dispatch import Dispatch, open_dispatch
+from app.job_table import JobRow
+from app.request import Request
 from app.reroute import Reroute
-from app.rows import JobRow
 from app.tables import open_database
 from engines.catalogue import JobType
 from tasks.fleet import Card, WorkerState
 from tasks.job import Envelope, Job, JobState
-from tasks.ledger import Answer, Ledger, open_store
+from tasks.ledger import Ledger
+from tasks.records import Answer
 from tasks.settings import load_regions
+from tasks.store import open_store
 
 HERE, THERE = "asia-east", "europe-west"
 
@@ -44,7 +47,7 @@ class Place:
         name = f"w-{region}"
         card = Card(name, name, region, "host", "cpu", {JobType.LLM: "m"}, {JobType.LLM: 1}, time.time(), state)
         ledger = self.ledger(region)
-        ledger.beat(name, card.encode(), [])
+        ledger.presence.beat(name, card.encode(), [])
         channel = ledger.store.pubsub()
         if listens:
             channel.subscribe(f"ctl:{name}")
@@ -149,7 +152,7 @@ def test_jobs_of_a_region_that_left_the_settings_move_and_pinned_ones_do_no_harm
     Reconciler(place.dispatch).tick()
 
     assert [place.region_of(job) for job in (row, pinned)] == [THERE, "mars"]
-    assert "mars cannot be reached" in place.dispatch.place(place.dispatch.rows.get(pinned.id)).reason
+    assert "mars cannot be reached" in place.dispatch.placement.place(place.dispatch.rows.get(pinned.id)).reason
     assert place.dispatch.cancel(pinned).status is JobState.CANCELLED
 
 
@@ -226,8 +229,8 @@ def test_the_control_channel_tells_who_listens(place):
     channel = place.work(HERE)
     ledger = place.ledger(HERE)
 
-    assert ledger.anyone_listens([f"w-{HERE}", "nobody"])
-    assert not ledger.anyone_listens(["nobody"])
+    assert ledger.presence.anyone_listens([f"w-{HERE}", "nobody"])
+    assert not ledger.presence.anyone_listens(["nobody"])
     channel.close()
-    assert not ledger.anyone_listens([f"w-{HERE}"])
+    assert not ledger.presence.anyone_listens([f"w-{HERE}"])
     assert isinstance(ledger.store, redis.Redis)

@@ -24,7 +24,9 @@ from app.usage import Usage
 from engines.catalogue import JobType
 from engines.contract import Progress
 from tasks.job import DirectJob, Envelope, Job, JobError, JobState
-from tasks.ledger import ENDED_EVENTS_TTL_S, ORDER_TTL_S, TOMBSTONE_TTL_S, Ledger, Said
+from tasks.ledger import ENDED_EVENTS_TTL_S, TOMBSTONE_TTL_S, Ledger
+from tasks.presence import ORDER_TTL_S
+from tasks.records import Said
 from tasks.settings import SettingsError
 from tests.app.conftest import QUEUE, REGION, RESULT
 
@@ -254,7 +256,7 @@ class Lives:
 
     def lost_and_run_by_another(self) -> None:
         late = self.begin(job_id := self.submit(), worker_id="lost")
-        self.ledger.retire("lost", told=False)
+        self.ledger.presence.retire("lost", told=False)
         self.reconciler.tick()
         outcome = self.begin(job_id, attempt=2)
         assert (self.finish(late), self.finish(outcome)) == (False, True)
@@ -329,7 +331,7 @@ def test_what_a_lost_worker_held_of_an_ended_job_goes(client, app, worker, valke
     worker.begin(job_id)
     assert client.delete(f"{JOBS}/{job_id}").status_code == 200
     worker.store.delete(f"lease:{worker.id}")
-    worker.ledger.retire(worker.id, told=False)
+    worker.ledger.presence.retire(worker.id, told=False)
 
     Reconciler(app.extensions["dispatch"]).tick()
 
@@ -355,8 +357,8 @@ def test_what_the_store_holds_of_rows_that_are_gone_is_dropped(client, app, work
 
 
 def test_an_order_to_drain_outlives_its_worker_by_a_while_only(app, worker, retention_of):
-    worker.ledger.order("gone", (), drain=True)
-    worker.ledger.order(worker.id, (), drain=True)
+    worker.ledger.presence.order("gone", (), drain=True)
+    worker.ledger.presence.order(worker.id, (), drain=True)
     for name in ("gone", worker.id):
         worker.store.hset("orders", name, int(time.time() - ORDER_TTL_S - 60))
     worker.show()
@@ -365,7 +367,7 @@ def test_an_order_to_drain_outlives_its_worker_by_a_while_only(app, worker, rete
 
     retention_of(app).sweep_stores()
 
-    assert worker.ledger.orders() == {worker.id, "older"}
+    assert worker.ledger.presence.orders() == {worker.id, "older"}
     assert worker.store.hget("orders", "older") != "drain"
 
 

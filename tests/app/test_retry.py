@@ -61,7 +61,7 @@ def test_a_job_whose_input_is_no_longer_kept_is_not_run_again(app, client, worke
     old = ended(client, worker, JobState.FAILED)
     client.get(f"{JOBS}/{old}")
     dispatch: Dispatch = app.extensions["dispatch"]
-    dispatch.rows.prune([old])
+    dispatch.rows.remains.prune([old])
 
     answer = client.post(f"{JOBS}/{old}/retry")
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event, text
 
-from app.rows import RUN_GRACE_S, UNPROVEN_S, IdempotencyConflict, JobRow, Rows, fingerprint_of
+from app.job_table import UNPROVEN_S, JobRow
+from app.rows import RUN_GRACE_S, IdempotencyConflict, Rows, fingerprint_of
 from app.tables import open_database
 from engines.catalogue import JobType
 from tasks.job import LIVE, TERMINAL, DirectJob, Envelope, JobError, JobState
@@ -523,11 +524,11 @@ def test_live_jobs_are_counted_by_region_and_the_oldest_that_waits_is_known(rows
     end(rows, submit(rows, region="gone"), JobState.COMPLETED)
     age(database, old, 100, "created_at")
 
-    assert rows.live("asia-east") == {(JobType.LLM, JobState.QUEUED): 2, (JobType.WHISPER, JobState.RUNNING): 1}
-    assert set(rows.regions()) == {"asia-east", "asia-south"}
-    assert set(rows.movable("asia-east")) == {(JobType.LLM, None), (JobType.WHISPER, "m")}
-    assert rows.movable("asia-south") == []
-    waits = rows.oldest_waits(["asia-east", "asia-south", "gone"])
+    assert rows.census.live("asia-east") == {(JobType.LLM, JobState.QUEUED): 2, (JobType.WHISPER, JobState.RUNNING): 1}
+    assert set(rows.census.regions()) == {"asia-east", "asia-south"}
+    assert set(rows.census.movable("asia-east")) == {(JobType.LLM, None), (JobType.WHISPER, "m")}
+    assert rows.census.movable("asia-south") == []
+    waits = rows.census.oldest_waits(["asia-east", "asia-south", "gone"])
     assert waits.keys() == {("asia-east", JobType.LLM), ("asia-south", JobType.LLM)}
     assert waits["asia-east", JobType.LLM] == pytest.approx(100, abs=5)
     assert 0 <= waits["asia-south", JobType.LLM] < 5
@@ -631,9 +632,9 @@ def test_unsent_jobs_are_live_ones_of_the_region_whose_send_is_not_proven(rows):
     rows.sent([(sent.id, sent.attempt)], epoch="e")
     rows.cancel(cancelled.id)
 
-    assert rows.unsent("asia-east", 10) == 1
+    assert rows.census.unsent("asia-east", 10) == 1
     submit(rows)
-    assert [rows.unsent("asia-east", most) for most in (1, 2, 10)] == [1, 2, 2]
+    assert [rows.census.unsent("asia-east", most) for most in (1, 2, 10)] == [1, 2, 2]
 
 
 def test_nothing_is_postponed_or_sent_by_an_empty_list(rows):
@@ -748,15 +749,15 @@ def test_only_waiting_jobs_of_the_region_and_type_can_seem_lost_oldest_first(row
 
 
 def test_one_holder_leads_until_it_no_longer_says_so(rows, other_rows, database):
-    assert rows.lead("a", 60)
-    assert rows.lead("a", 60)
-    assert not other_rows.lead("b", 60)
+    assert rows.leadership.take("a", 60)
+    assert rows.leadership.take("a", 60)
+    assert not other_rows.leadership.take("b", 60)
 
     with database.connect() as connection:
         connection.execute(text("UPDATE leadership SET until = until - 60"))
 
-    assert other_rows.lead("b", 60)
-    assert not rows.lead("a", 60)
+    assert other_rows.leadership.take("b", 60)
+    assert not rows.leadership.take("a", 60)
 
 
 def test_of_many_that_want_to_lead_at_once_one_does(rows, other_rows):
@@ -764,7 +765,7 @@ def test_of_many_that_want_to_lead_at_once_one_does(rows, other_rows):
 
     def want(number: int) -> bool:
         together.wait()
-        return (rows, other_rows)[number % 2].lead(f"control {number}", 5)
+        return (rows, other_rows)[number % 2].leadership.take(f"control {number}", 5)
 
     with ThreadPoolExecutor(8) as pool:
         assert sum(pool.map(want, range(8))) == 1
@@ -830,7 +831,7 @@ LOOKS = {
     "long_unbegun": Look(
         lambda rows: rows.long_unbegun("asia-east", JobType.LLM, None, first_s=1, most_s=9, limit=10), "type"
     ),
-    "oldest_waits": Look(lambda rows: rows.oldest_waits(["asia-east"]), "type"),
+    "oldest_waits": Look(lambda rows: rows.census.oldest_waits(["asia-east"]), "type"),
     "page of an owner": Look(lambda rows: rows.page("owner-1"), "owner"),
     "page after another": Look(lambda rows: rows.page(None, before=(100.0, "x")), "created_at"),
     "owner's page after another": Look(lambda rows: rows.page("owner-1", before=(100.0, "x")), "created_at"),

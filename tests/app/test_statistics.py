@@ -17,7 +17,7 @@ STATS = f"{JOBS}/stats/queue"
 def show(worker, region="asia-east", *, state=WorkerState.READY, slots=2, model="echo", name="w"):
     """Be alive for one lease, and be seen."""
     card = Card(name, name, region, "host", "cpu", {JobType.LLM: model}, {JobType.LLM: slots}, time.time())
-    worker.ledger.beat(name, replace(card, state=state).encode(), [])
+    worker.ledger.presence.beat(name, replace(card, state=state).encode(), [])
     time.sleep(FRESH_S + 0.1)
 
 
@@ -124,7 +124,7 @@ def test_a_job_that_waits_for_a_busy_worker_or_is_about_to_move_says_so(client, 
         return client.get(f"{JOBS}/{job}").json["queued_reason"]
 
     assert reason() == "All 1 slots for llm in asia-east are busy; 0 jobs are before it."
-    worker.ledger.retire("w")
+    worker.ledger.presence.retire("w")
     show(worker, "europe-west", name="far")
     assert reason() == "No live worker serves llm in asia-east; it moves to europe-west within seconds."
 

@@ -21,7 +21,7 @@ from engines.catalogue import JobType
 from engines.contract import Progress, Text
 from tasks.fleet import Card
 from tasks.job import Job
-from tasks.ledger import Said
+from tasks.records import Said
 from tasks.station import Station
 from tests.app.conftest import CHAT, REGION, listening
 from tests.rig import free_port, until

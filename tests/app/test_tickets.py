@@ -12,8 +12,9 @@ from app.tables import open_database
 from app.tickets import Tickets
 from engines.catalogue import JobType
 from tasks.job import DirectJob, Envelope, Job, JobState
-from tasks.ledger import Ledger, open_store
+from tasks.ledger import Ledger
 from tasks.settings import load_regions
+from tasks.store import open_store
 from tests.app.conftest import CHAT, QUEUE, REGION
 from tests.rig import until
 

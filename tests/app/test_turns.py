@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 import pytest
 
+from app.job_table import JobRow
 from app.keys import Keys, Scope
-from app.rows import JobRow
 from app.tables import open_database
 from app.turns import Turns, window
 from engines.catalogue import JobType
@@ -36,7 +36,7 @@ def owner_of(keys: Keys, weight: int) -> str:
 
 
 def held(platform: Platform) -> int:
-    return sum(platform.dispatch.rows.held().values())
+    return sum(platform.dispatch.rows.held.counts().values())
 
 
 def flood(platform: Platform, owner: str, count: int, **request: object) -> list[JobRow]:
@@ -80,20 +80,20 @@ def test_a_held_job_says_so_is_cancelled_and_expires(platform):
     rows = [*flood(platform, "a", 3), platform.submit("late", owner="a", queue_timeout_seconds=0.3)]
     assert [row.held_for for row in [*sent, *rows]] == [None] * WINDOW + [QUEUE] * 4
 
-    place = platform.dispatch.place(platform.row(rows[2]))
+    place = platform.dispatch.placement.place(platform.row(rows[2]))
     assert place.position == WINDOW + 3
     assert platform.dispatch.statistics("asia-east").total_queued == WINDOW + 4
     assert platform.dispatch.cancel(rows[0]).status is JobState.CANCELLED
     platform.until(lambda: platform.status(rows[3]) is JobState.TIMEOUT, 10)
     assert platform.row(rows[3]).error_code == "queue_timeout"
-    assert platform.dispatch.place(platform.row(rows[2])).position == WINDOW + 2
+    assert platform.dispatch.placement.place(platform.row(rows[2])).position == WINDOW + 2
     assert held(platform) == 2
 
 
 def test_what_is_held_is_not_sent_by_whoever_mends_and_survives_an_emptied_store(platform, valkey: Valkey):
     rows = flood(platform, "a", WINDOW + 20)
     assert held(platform) == 20
-    assert platform.dispatch.rows.unsent("asia-east", 1000) <= WINDOW
+    assert platform.dispatch.rows.census.unsent("asia-east", 1000) <= WINDOW
 
     valkey.flush()
     ledger = platform.dispatch.links["asia-east"].mailbox.ledger

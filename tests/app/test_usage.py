@@ -98,10 +98,10 @@ def test_usage_outlives_the_rows_and_goes_after_its_own_time(app, worker, key, c
     mine, usage = key(), app.extensions["usage"]
     job_id = do(app, worker, mine)
     rows = app.extensions["dispatch"].rows
-    assert rows.outdated(-1, 10) == []  # Not counted yet, it may not go.
+    assert rows.remains.outdated(-1, 10) == []  # Not counted yet, it may not go.
     count()
-    assert [traces.job_id for traces in rows.outdated(-1, 10)] == [job_id]
-    rows.delete([job_id])
+    assert [traces.job_id for traces in rows.remains.outdated(-1, 10)] == [job_id]
+    rows.remains.delete([job_id])
 
     assert app.test_client().get(USAGE, headers=mine).json["total"]["jobs"] == 1
     assert usage.prune(400) == 0

@@ -31,7 +31,7 @@ def show(worker):
             started_at=time.time(),
             **fields,
         )
-        return worker.ledger.beat(card.worker_id, card.encode(), [], name=name, lease_s=lease_s)
+        return worker.ledger.presence.beat(card.worker_id, card.encode(), [], name=name, lease_s=lease_s)
 
     return show
 
@@ -171,13 +171,13 @@ def test_an_order_is_pushed_to_the_worker(admin, show, worker):
 def test_the_order_of_a_worker_that_is_gone_can_be_taken_back(admin, show, worker):
     show("gpu-7")
     admin("/gpu-7/drain", "POST", 202)
-    worker.ledger.retire("gpu-7-1", name="gpu-7")
+    worker.ledger.presence.retire("gpu-7-1", name="gpu-7")
     assert admin("/gpu-7", status=404)["code"] == "worker_not_found"
 
     assert admin("/gpu-7/resume", "POST", 202) == {"name": "gpu-7", "drained": False}
 
     assert not show("gpu-7").drained
-    worker.ledger.retire("gpu-7-1", name="gpu-7")
+    worker.ledger.presence.retire("gpu-7-1", name="gpu-7")
     assert admin("/gpu-7/resume", "POST", 404)["code"] == "worker_not_found"
     assert admin("/gpu-7/drain", "POST", 404)["code"] == "worker_not_found"
 

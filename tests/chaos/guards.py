@@ -18,16 +18,16 @@ GUARDS: Mapping[str, Sequence[tuple[str, str, str]]] = {
     "compare-and-set": (
         (
             "app/rows.py",
-            'jobs.c.id == bindparam("job"),\n        _LIVE,\n',
+            'jobs.c.id == bindparam("job"),\n        IS_LIVE,\n',
             'jobs.c.id == bindparam("job"),\n',
         ),
-        ("app/rows.py", '.where(jobs.c.id == bindparam("job"), _LIVE)', '.where(jobs.c.id == bindparam("job"))'),
+        ("app/rows.py", '.where(jobs.c.id == bindparam("job"), IS_LIVE)', '.where(jobs.c.id == bindparam("job"))'),
         (
             "app/rows.py",
-            "jobs.c.id == job_id, _LIVE, status=str(JobState.CANCELLED)",
+            "jobs.c.id == job_id, IS_LIVE, status=str(JobState.CANCELLED)",
             "jobs.c.id == job_id, status=str(JobState.CANCELLED)",
         ),
-        ("app/rows.py", "_LIVE,\n            *expected,", "*expected,"),
+        ("app/rows.py", "IS_LIVE,\n            *expected,", "*expected,"),
     ),
     # Somebody looks for what got stuck.
     "reconciler": (("app/control.py", "                reconciler.tick()\n", "                pass\n"),),

@@ -57,6 +57,8 @@ def test_a_job_is_cancelled_with_the_keyboard_alone(page, site, platform: Platfo
 
 
 def test_a_jobs_page_shows_it_live_and_runs_a_failed_one_again(page, site, platform: Platform):
+    # The job must not end while the page is fetched.
+    page.goto(f"{site}/console")
     slow = platform.submit("sleep 3")
     page.goto(f"{site}/console#/jobs/{slow.id}")
     expect(page.locator("progress")).to_be_visible()

@@ -64,7 +64,7 @@ def test_a_region_that_loses_its_workers_loses_its_queue_to_the_nearest_and_keep
     assert all(logs.count(f"{row.id} attempt") == 1 for row in ended)
     waits = [platform.row(row) for row in pinned]
     assert {(row.status, row.region, row.attempt) for row in waits} == {(JobState.QUEUED, "asia-east", 1)}
-    assert platform.dispatch.place(waits[0]).reason == (
+    assert platform.dispatch.placement.place(waits[0]).reason == (
         "No live worker serves llm in asia-east, and it may not leave the region."
     )
 
@@ -90,7 +90,7 @@ def test_a_region_whose_store_freezes_is_left_and_what_it_still_holds_does_no_ha
     ended = [both.ended(row, 20) for row in (*queued, running)]
 
     assert {(row.status, row.region, row.worker_id) for row in ended} == {(JobState.COMPLETED, "asia-east", here.id)}
-    assert "may not leave it" in str(both.dispatch.place(both.row(pinned)).reason)
+    assert "may not leave it" in str(both.dispatch.placement.place(both.row(pinned)).reason)
     held = both.dispatch.statistics(None).by_region["europe-west"]
     assert (held.reachable, held.queued) == (False, 1)
 
@@ -105,7 +105,9 @@ def test_a_job_parked_where_nobody_is_goes_to_the_first_worker_that_appears_anyw
     parked = shared.submit("anyone", region="asia-east")
     named = shared.submit("anyone with it", region="asia-east", model="our-own")
     pinned = shared.submit("here", region="asia-south", allow_cross_region=False)
-    assert shared.dispatch.place(parked).reason == ("No live worker serves llm in asia-east, nor in any other region.")
+    assert shared.dispatch.placement.place(parked).reason == (
+        "No live worker serves llm in asia-east, nor in any other region."
+    )
 
     shared.start_worker(**FAR)
     assert shared.ended(parked, 20).region == "europe-west"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app import reroute
-from app.rows import JobRow
+from app.job_table import JobRow
 from tasks.job import JobState
 from tests.faults.world import AMERICA, ANSWER_S, EUROPE, REGIONS, UNHURT_S, Traffic, World, opened
 
@@ -123,7 +123,7 @@ def test_a_region_whose_link_is_cut_works_on_and_only_what_may_leave_it_is_run_e
         world.platform.ended(elsewhere, 5)
         assert world.platform.status(pinned) is JobState.RUNNING
         assert world.platform.status(held) is JobState.QUEUED
-        assert "cannot be reached" in str(world.platform.dispatch.place(world.platform.row(held)).reason)
+        assert "cannot be reached" in str(world.platform.dispatch.placement.place(world.platform.row(held)).reason)
         link.heal()
         time.sleep(0.5)
 

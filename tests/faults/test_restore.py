@@ -82,7 +82,7 @@ def test_jobs_of_an_older_backup_all_end_and_what_it_does_not_know_is_dropped(pl
     done, cancelled = platform.submit("done meanwhile"), platform.submit("cancelled meanwhile")
     database.save()
     # Control may not have led yet when it began to run.
-    led_until = platform.dispatch.rows.led_until() or 0.0
+    led_until = platform.dispatch.rows.leadership.until() or 0.0
     platform.dispatch.cancel(cancelled)
     later = platform.submit("after the backup")
     for row in (runs, done, later):
@@ -91,7 +91,7 @@ def test_jobs_of_an_older_backup_all_end_and_what_it_does_not_know_is_dropped(pl
     # Else the outcomes that still lie there would do, and nothing had to run again.
     platform.until(lambda: not any(ledger.look(row.id).outcome for row in (runs, done, later)), TERM_S)
     unknown = platform.submit("nobody serves it", region="europe-west", allow_cross_region=False)
-    platform.until(lambda: (platform.dispatch.rows.led_until() or 0.0) > led_until + 1, TERM_S)
+    platform.until(lambda: (platform.dispatch.rows.leadership.until() or 0.0) > led_until + 1, TERM_S)
 
     platform.stop_control()
     database.restore()

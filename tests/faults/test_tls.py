@@ -11,9 +11,9 @@ import pytest
 from celery import Celery
 
 import celeryconfig
-from tasks.ledger import StoreError, open_store
 from tasks.publisher import BrokerError, Publisher
 from tasks.routing import Region
+from tasks.store import StoreError, open_store
 from tests.conftest import Valkey
 from tests.faults.proxy import Proxy
 from tests.servers import RabbitMq, missing

@@ -3,7 +3,7 @@
 import signal
 
 from tasks.job import Job, JobState
-from tasks.ledger import Answer
+from tasks.records import Answer
 
 
 def test_a_job_goes_the_whole_way(platform):

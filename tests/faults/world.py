@@ -23,7 +23,7 @@ from typing import Self
 
 import pytest
 
-from app.rows import JobRow
+from app.job_table import JobRow
 from tasks.job import JobState
 from tests.chaos import regions
 from tests.chaos.regions import NoNamespaces, Site

@@ -24,14 +24,15 @@ from hypothesis.stateful import (
 from sqlalchemy import delete
 
 from app.control import Reconciler
-from app.dispatch import Dispatch, Request, open_dispatch
-from app.rows import JobRow
+from app.dispatch import Dispatch, open_dispatch
+from app.job_table import JobRow
+from app.request import Request
 from app.tables import jobs, open_database
 from engines.catalogue import JobType
 from tasks import routing
 from tasks.fleet import Card
 from tasks.job import Envelope, Job, JobError, JobState
-from tasks.ledger import Answer
+from tasks.records import Answer
 from tasks.settings import load_regions
 
 REGIONS = ("asia-east", "europe-west")
@@ -78,7 +79,7 @@ class RowAndLedger(RuleBasedStateMachine):
     def begin_anew(self) -> None:
         """An empty platform; connections are those of the run before."""
         self.rows = self.dispatch.rows
-        with self.rows._engine.begin() as connection:
+        with self.rows.together() as connection:
             connection.execute(delete(jobs))
         for region in REGIONS:
             self.ledger(region).store.flushdb()
@@ -183,12 +184,12 @@ class RowAndLedger(RuleBasedStateMachine):
     @rule(worker=WORKERS, region=st.sampled_from(REGIONS))
     def beat(self, worker: str, region: str) -> None:
         """A worker is alive; of what it is told it drops nothing, as one that hangs would."""
-        self.ledger(region).beat(worker, _card(worker, region), [])
+        self.ledger(region).presence.beat(worker, _card(worker, region), [])
 
     @rule(worker=WORKERS, region=st.sampled_from(REGIONS))
     def die(self, worker: str, region: str) -> None:
         """A worker's lease ends."""
-        self.ledger(region).retire(worker, told=False)
+        self.ledger(region).presence.retire(worker, told=False)
 
     # What the reconciler does, and bad luck
 
@@ -233,7 +234,7 @@ class RowAndLedger(RuleBasedStateMachine):
             return
         for region in REGIONS:
             for worker in ("a", "b"):
-                self.ledger(region).retire(worker, told=False)
+                self.ledger(region).presence.retire(worker, told=False)
         for _ in range(MOST_ROUNDS):
             self.reconciler.tick()
             self.promises()
@@ -242,7 +243,7 @@ class RowAndLedger(RuleBasedStateMachine):
                 return
             for row in open_rows:
                 worker = uuid.uuid4().hex
-                self.ledger(row.region).beat(worker, _card(worker, row.region), [])
+                self.ledger(row.region).presence.beat(worker, _card(worker, row.region), [])
                 claim = self.ledger(row.region).begin(Job(row.id, row.type, row.attempt), worker_id=worker, token="t")
                 if claim.answer is Answer.RUN:
                     held = Held(row.id, row.attempt, row.region, worker, claim.ticket)

@@ -10,7 +10,10 @@ from engines.contract import Device
 from tasks import routing
 from tasks.fleet import Card
 from tasks.job import Envelope, Job, JobError, JobState
-from tasks.ledger import BEAT_S, Answer, Ledger, open_store
+from tasks.ledger import Ledger
+from tasks.presence import BEAT_S
+from tasks.records import Answer
+from tasks.store import open_store
 
 ID = "fuzz-worker"
 REGION = "asia-east"
@@ -70,4 +73,4 @@ class EchoWorker:
         models = dict.fromkeys(JobType, "echo")
         slots = dict.fromkeys(JobType, 4)
         card = Card(ID, ID, REGION, "host", "cpu", models, slots, time.time(), direct_url="http://127.0.0.1:9")
-        self._ledger.beat(ID, card.encode(), [])
+        self._ledger.presence.beat(ID, card.encode(), [])

@@ -19,9 +19,10 @@ from tasks.duty import Duty
 from tasks.fleet import Card
 from tasks.headers import DEFAULTS, FIXED
 from tasks.job import JobState
-from tasks.ledger import Ledger, open_store
+from tasks.ledger import Ledger
 from tasks.settings import DirectSettings
 from tasks.station import Station
+from tasks.store import open_store
 from tasks.tokens import LEEWAY_S, Token
 from tests.rig import until
 

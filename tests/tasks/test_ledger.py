@@ -11,7 +11,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from engines.catalogue import JobType
 from tasks.job import Envelope, Job, JobError, JobState
-from tasks.ledger import LEASE_S, Answer, Ledger, Queued, Standing, StoreError, open_store
+from tasks.ledger import Ledger
+from tasks.presence import LEASE_S
+from tasks.records import Answer, Queued, Standing
+from tasks.store import StoreError, open_store
 
 QUEUE = "asia-east.llm"
 
@@ -50,7 +53,7 @@ def test_params_and_timeout_come_with_the_claim_and_nowhere_else(ledger):
 def test_the_same_delivery_may_ask_again_and_another_may_not(ledger):
     job = new_job()
     put(ledger, job)
-    ledger.beat("w1", "{}", [])
+    ledger.presence.beat("w1", "{}", [])
 
     assert begin(ledger, job, token="one") is Answer.RUN
     assert begin(ledger, job, token="one") is Answer.RUN
@@ -199,7 +202,7 @@ def test_the_beat_tells_of_cancels_of_takeovers_and_of_jobs_the_worker_never_hea
     ledger.cancel(cancelled.id)
     begin(ledger, taken, worker="other")
 
-    heard = ledger.beat("w1", "{}", [mine.id, cancelled.id, taken.id])
+    heard = ledger.presence.beat("w1", "{}", [mine.id, cancelled.id, taken.id])
 
     assert (heard.cancelled, heard.lost, heard.ghosts) == ([cancelled.id], [taken.id], [ghost.id])
 
@@ -208,21 +211,21 @@ def test_orphans_are_the_jobs_of_workers_without_a_lease(ledger):
     held, lost = new_job(), new_job()
     for job, worker in ((held, "alive"), (lost, "dead")):
         put(ledger, job)
-        ledger.beat(worker, "{}", [])
+        ledger.presence.beat(worker, "{}", [])
         begin(ledger, job, worker=worker)
 
-    ledger.retire("dead")
+    ledger.presence.retire("dead")
 
     assert ledger.orphans() == [("dead", lost.id)]
-    assert ledger.cards() == ["{}"]
+    assert ledger.presence.cards() == ["{}"]
 
 
 def test_an_attempt_that_is_to_be_taken_from_the_dead_is_begun_by_nobody(ledger):
     job = new_job()
     put(ledger, job)
-    ledger.beat("dead", "{}", [])
+    ledger.presence.beat("dead", "{}", [])
     begin(ledger, job, worker="dead", token="one")
-    ledger.retire("dead")
+    ledger.presence.retire("dead")
     assert ledger.orphans() == [("dead", job.id)]
 
     # The broker hands the message out again, or a frozen worker wakes; the next attempt is still on its way.
@@ -240,7 +243,7 @@ def test_what_the_dead_computed_counts_while_nobody_else_has_begun(ledger):
     job = new_job()
     put(ledger, job)
     begin(ledger, job, worker="frozen")
-    ledger.retire("frozen")
+    ledger.presence.retire("frozen")
     ledger.orphans()
 
     assert ledger.finish(outcome(job, "frozen"), queue=QUEUE) is True
@@ -250,7 +253,7 @@ def test_a_job_that_another_worker_took_over_is_not_taken_from_it(ledger):
     job = new_job()
     put(ledger, job)
     begin(ledger, job, worker="dead")
-    ledger.retire("dead")
+    ledger.presence.retire("dead")
     assert begin(ledger, job, worker="alive", token="two") is Answer.RUN
     # As a record that a store lost with its last writes: the dead worker's set still names the job.
     ledger.store.sadd("running:dead", job.id)
@@ -273,12 +276,12 @@ def test_a_worker_that_dies_between_an_emptied_store_and_its_next_beat_leaves_or
 
 
 def test_a_worker_that_begins_before_its_first_beat_comes_with_that(ledger):
-    ledger.order("host-1", [], drain=True)
+    ledger.presence.order("host-1", [], drain=True)
     job = new_job()
     put(ledger, job)
     begin(ledger, job, worker="w1")
 
-    assert ledger.beat("w1", "{}", [job.id], name="host-1").drained
+    assert ledger.presence.beat("w1", "{}", [job.id], name="host-1").drained
 
     assert ledger.store.hget("names", "host-1") == "w1"
 
@@ -349,7 +352,7 @@ def test_what_no_longer_runs_is_not_counted_as_running(ledger, way):
 def test_a_job_that_left_the_region_leaves_nothing_that_could_run(ledger, began):
     job = new_job()
     put(ledger, job, params='{"messages":["secret"]}')
-    ledger.beat("w1", "{}", [])
+    ledger.presence.beat("w1", "{}", [])
     if began:
         begin(ledger, job)
 
@@ -361,7 +364,7 @@ def test_a_job_that_left_the_region_leaves_nothing_that_could_run(ledger, began)
     assert begin(ledger, Job(job.id, job.type, 2), worker="w2") is Answer.STALE
     # Whoever waits looks at the row, and a worker hears that it is no longer his.
     assert ledger.wait(job.id, 1) is None
-    assert ledger.beat("w1", "{}", [job.id]).lost == [job.id]
+    assert ledger.presence.beat("w1", "{}", [job.id]).lost == [job.id]
     assert ledger.finish(outcome(job), queue=QUEUE) is False
     # It may come back.
     assert put(ledger, new_attempt := Job(job.id, job.type, 3)).state == "queued"
@@ -473,11 +476,11 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(worker=st.sampled_from(["a", "b"]))
     def beat(self, worker):
-        self.ledger.beat(worker, "{}", [])
+        self.ledger.presence.beat(worker, "{}", [])
 
     @rule(worker=st.sampled_from(["a", "b"]))
     def die(self, worker):
-        self.ledger.retire(worker)
+        self.ledger.presence.retire(worker)
 
     @rule()
     def look(self):

@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from app.dispatch import Request
+from app.request import Request
 from engines.catalogue import JobType
 from engines.schemas import RESULTS, load_params
 from tasks.job import JobState
@@ -68,7 +68,7 @@ def test_a_job_that_names_a_model_waits_for_its_worker_and_stands_in_nobodys_way
 
     assert {platform.ended(row, 30).status for row in (behind, same)} == {JobState.COMPLETED}
     assert platform.status(named) is JobState.QUEUED
-    assert platform.dispatch.place(platform.row(named)).reason == (
+    assert platform.dispatch.placement.place(platform.row(named)).reason == (
         "No live worker serves llm with our-own in asia-east, nor in any other region."
     )
 

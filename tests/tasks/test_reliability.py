@@ -8,8 +8,9 @@ import pytest
 from engines.catalogue import JobType
 from tasks.fleet import Card
 from tasks.job import Envelope, Job, JobError, JobState
-from tasks.ledger import Ledger, open_store
+from tasks.ledger import Ledger
 from tasks.reliability import HALF_LIFE_S, LOST_FAULTS, Tally, decayed, rank, score, weigh
+from tasks.store import open_store
 
 QUEUE = "asia-east.llm"
 
@@ -62,11 +63,11 @@ def ledger(store_url):
 
 def beat(ledger, worker_id, name="gpu", running=(), lease_s=10.0, state="ready"):
     card = Card(worker_id, name, "asia-east", "host", "cpu", {}, {JobType.LLM: 1}, time.time(), state)
-    return ledger.beat(worker_id, card.encode(), running, name=name, lease_s=lease_s)
+    return ledger.presence.beat(worker_id, card.encode(), running, name=name, lease_s=lease_s)
 
 
 def tally(ledger, name="gpu"):
-    found = ledger.tallies([name])[name]
+    found = ledger.presence.tallies([name])[name]
     return round(found.good, 3), round(found.faults, 3)
 
 
@@ -77,7 +78,7 @@ def lose(ledger, worker_id):
 
 
 def states(ledger):
-    return {seen.worker_id: seen.alive for seen in ledger.fleet()}
+    return {seen.worker_id: seen.alive for seen in ledger.presence.workers()}
 
 
 def test_an_outcome_that_is_handed_in_again_counts_once_and_one_that_is_refused_never(ledger):
@@ -143,8 +144,8 @@ def test_a_worker_that_ends_as_it_was_told_to_leaves_nothing_and_one_that_falls_
     beat(ledger, "w1", name="stopped")
     beat(ledger, "w2", name="fallen")
 
-    ledger.retire("w1", name="stopped")
-    ledger.retire("w2", name="fallen", told=False)
+    ledger.presence.retire("w1", name="stopped")
+    ledger.presence.retire("w2", name="fallen", told=False)
     ledger.orphans()
 
     assert states(ledger) == {"w2": False}
@@ -169,5 +170,5 @@ def test_nothing_of_a_lost_worker_is_kept_after_a_day_but_its_counts(ledger):
 
     ledger.orphans()
 
-    assert ledger.fleet() == []
+    assert ledger.presence.workers() == []
     assert set(ledger.store.scan_iter()) == {"reliability:gpu"}

@@ -13,8 +13,11 @@ from engines.contract import Device, EngineBroken, Progress
 from tasks.duty import Duty
 from tasks.fleet import Card, WorkerState, load_of
 from tasks.job import Job, JobState
-from tasks.ledger import Answer, Ledger, Said, open_store
+from tasks.ledger import Ledger
+from tasks.presence import Presence
+from tasks.records import Answer, Said
 from tasks.station import EXIT_BROKEN, Station
+from tasks.store import open_store
 from tests.rig import until
 
 QUEUE = "asia-east.llm"
@@ -74,7 +77,7 @@ def test_a_hung_engine_costs_its_job_and_gives_the_others_back_uncounted(ledger)
     assert ledger.look(hung.id).outcome.outcome is JobState.TIMEOUT
     assert ledger.position(beside.id, QUEUE) == 1
     assert ledger.begin(beside, worker_id="w2", token="t").answer is Answer.RUN
-    assert ledger.cards() == []
+    assert ledger.presence.cards() == []
 
 
 class Counting:
@@ -138,7 +141,7 @@ class FrozenOnce(Ledger):
         if worker_id == "w1" and not self.thawed:
             self.thawed = True
             self.store.delete("lease:w1")
-            self.beat("w2", "{}", [])
+            self.presence.beat("w2", "{}", [])
             assert super().begin(job, worker_id="w2", token="u").answer is Answer.RUN
             time.sleep(0.1)
         return claim
@@ -154,15 +157,18 @@ def test_a_worker_that_was_frozen_as_it_began_a_job_does_not_run_what_others_do(
     station.close()
 
 
-class BrokenBeat(Ledger):
-    """A ledger whose answer to a beat cannot be read."""
+class BrokenBeat(Presence):
+    """Whose answer to a beat cannot be read."""
 
     def beat(self, *args, **kwargs):
         raise ValueError("no such answer")
 
 
 def test_a_worker_whose_beat_cannot_go_on_leaves(store_url):
-    station, left = start(BrokenBeat(open_store(store_url, timeout_s=2)), Stuck(), open_it=False)
+    store = open_store(store_url, timeout_s=2)
+    ledger = Ledger(store)
+    ledger.presence = BrokenBeat(store)
+    station, left = start(ledger, Stuck(), open_it=False)
     station.announce()
 
     until(lambda: left, 10)
@@ -190,28 +196,28 @@ def test_the_card_shows_what_runs_and_whether_it_drains(ledger):
 
     until(lambda: station.card.busy == {JobType.LLM: 1}, 10)
     station.drain()
-    until(lambda: Card.decode(ledger.cards()[0]).state is WorkerState.DRAINING, 10)
-    assert Card.decode(ledger.cards()[0]).busy == {JobType.LLM: 1}
+    until(lambda: Card.decode(ledger.presence.cards()[0]).state is WorkerState.DRAINING, 10)
+    assert Card.decode(ledger.presence.cards()[0]).busy == {JobType.LLM: 1}
 
     engine.close()
     thread.join()
     station.close()
-    assert ledger.cards() == []
+    assert ledger.presence.cards() == []
 
 
 def test_a_worker_shows_that_it_loads_and_takes_jobs_only_once_it_has(ledger):
     loading = Card("w1", "w1", "asia-east", "host", "cpu", {}, {JobType.LLM: 0}, time.time(), state=WorkerState.LOADING)
     station = Station(loading, {}, ledger)
     station.announce()
-    until(lambda: ledger.cards(), 10)
-    shown = [Card.decode(text) for text in ledger.cards()]
+    until(lambda: ledger.presence.cards(), 10)
+    shown = [Card.decode(text) for text in ledger.presence.cards()]
     assert (shown[0].state, load_of(shown, JobType.LLM).slots) == (WorkerState.LOADING, 0)
 
     station.equip({JobType.LLM: Stuck()}, {JobType.LLM: "m"}, Duty({JobType.LLM: 4}), {})
     station.open()
-    until(lambda: Card.decode(ledger.cards()[0]).state is WorkerState.READY, 10)
+    until(lambda: Card.decode(ledger.presence.cards()[0]).state is WorkerState.READY, 10)
 
-    shown = [Card.decode(text) for text in ledger.cards()]
+    shown = [Card.decode(text) for text in ledger.presence.cards()]
     assert load_of(shown, JobType.LLM).slots == 4
     station.close()
 
@@ -245,7 +251,7 @@ def test_an_order_to_drain_is_followed_at_once_and_taken_back_but_not_by_one_tha
     duty = Duty({JobType.LLM: 4})
 
     def order(*, drain):
-        ledger.order("gpu", ["w1"], drain=drain)
+        ledger.presence.order("gpu", ["w1"], drain=drain)
         station.beat_now()  # as the channel does
 
     if when == "while it loads":
@@ -258,7 +264,7 @@ def test_an_order_to_drain_is_followed_at_once_and_taken_back_but_not_by_one_tha
         order(drain=True)
         until(lambda: not duty.open_for(JobType.LLM), 5)
     assert not duty.open_for(JobType.LLM)
-    until(lambda: Card.decode(ledger.cards()[0]).state is WorkerState.DRAINING, 5)
+    until(lambda: Card.decode(ledger.presence.cards()[0]).state is WorkerState.DRAINING, 5)
 
     order(drain=False)
     until(lambda: duty.open_for(JobType.LLM), 5)

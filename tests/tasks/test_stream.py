@@ -12,8 +12,10 @@ from engines.contract import Progress, Text
 from tasks import stream
 from tasks.fleet import Card
 from tasks.job import Job, JobState
-from tasks.ledger import ENDED_EVENTS_TTL_S, EVENTS_TTL_S, MOST_ENTRIES, Ledger, Said, open_store
+from tasks.ledger import ENDED_EVENTS_TTL_S, EVENTS_TTL_S, MOST_ENTRIES, Ledger
+from tasks.records import Said
 from tasks.station import Station
+from tasks.store import open_store
 from tasks.stream import Feed, Teller
 from tests.rig import until
 

@@ -2,7 +2,7 @@
 
 import json
 
-from app.dispatch import Request
+from app.request import Request
 from engines.catalogue import JobType
 from engines.schemas import RESULTS, load_params
 from tasks.job import JobState

@@ -13,8 +13,9 @@ from engines.catalogue import JobType
 from tasks import fleet, routing
 from tasks.fleet import Card, Roster
 from tasks.job import Envelope, Job, JobState
-from tasks.ledger import Ledger, open_store
+from tasks.ledger import Ledger
 from tasks.routing import Load
+from tasks.store import open_store
 
 QUEUE = "asia-east.llm"
 JOBS = 1000
