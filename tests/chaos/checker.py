@@ -28,6 +28,8 @@ INVARIANTS: Mapping[str, str] = {
 _RANK = {"queued": 0, "running": 1, **dict.fromkeys(map(str, TERMINAL), 2)}
 #: A store that was emptied is found out within this.
 NOTICED_S = 2.0
+#: A worker that cannot go on gives its jobs back, and ends within this.
+LEAVES_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +150,9 @@ def _unexplained(runs: Sequence[Run], evidence: Evidence) -> int:
 
 def _explained(before: Run, after: Run, evidence: Evidence) -> bool:
     died = any(
-        gone.pid == before.pid and gone.code != 0 and before.begin <= gone.at <= after.begin + NOTICED_S
+        gone.pid == before.pid
+        and gone.code != 0
+        and before.begin <= gone.at <= after.begin + (LEAVES_S if gone.code > 0 else NOTICED_S)
         for gone in evidence.gone
     )
     return died or any(

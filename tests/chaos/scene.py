@@ -104,7 +104,7 @@ def opened(backend: str, *, workers: int, seed: int, without: str | None = None)
     with ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="gpu-chaos-"))
         stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        store = Store(folder / "store")
+        store = Store(folder / "store", redis_server=backend != "embedded")
         stack.callback(store.kill)
         store.start()
         database, rabbitmq = _database(backend, folder, stack), None

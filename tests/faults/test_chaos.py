@@ -35,10 +35,22 @@ def test_no_invariant_breaks_under_faults_of_every_part(tmp_path):
         # It ended as it was told to: what it held had time to end.
         ([Gone("worker0", 7, 2.0, 0)], [], 1),
         ([Gone("worker1", 8, 2.0, -9)], [], 1),
+        # It gave its jobs back before it left, since one of them hung in its engine.
+        ([Gone("worker0", 7, 8.5, 70)], [], 0),
+        ([Gone("worker0", 7, 8.5, -9)], [], 1),
         ([], [Strike("store-flush", 2.0, 2.1, spoils_runs=True)], 0),
         ([], [Strike("sql-lock", 2.0, 2.1)], 1),
     ],
-    ids=["nothing", "killed", "told to go", "another one killed", "store emptied", "database locked"],
+    ids=[
+        "nothing",
+        "killed",
+        "told to go",
+        "another one killed",
+        "left",
+        "killed later",
+        "store emptied",
+        "database locked",
+    ],
 )
 def test_a_second_run_of_a_job_needs_a_fault_that_explains_it(gone, strikes, extra):
     runs = [Run("job", 7, 1.0, None), Run("job", 8, 5.0, 6.0)]
