@@ -36,8 +36,10 @@ AHEAD_S = 0.5
 OVERHEAD_S = 0.02
 #: How often control looks for turns.
 TURN_S = 0.1
-#: With many held jobs, to count them takes a while: at most this part of the time goes into it.
+#: With many held jobs, to count them takes a while: at most this part of the time goes into it. But control looks again
+#: before workers may have begun all the urgent ones that were sent ahead, and go on to others.
 MOST_OF_TIME = 0.1
+LONGEST_S = 0.4
 #: Jobs of one look and one queue; the next look comes at once.
 BATCH = 500
 #: How long a count of held jobs serves the API; what a process holds itself it adds at once.
@@ -131,6 +133,7 @@ class Turns:
         self._least = least
         self._weights: Mapping[str, int] = {}
         self._weights_until = float("-inf")
+        self._counting_s = 0.0
         self._models: dict[str, str | None] = {}
         #: By queue and priority: how many turns each owner has had, in turns of weight 1, and the queue's own count.
         self._had: dict[tuple[str, int], dict[str, float]] = defaultdict(dict)
@@ -140,9 +143,8 @@ class Turns:
         """Release what has its turn for as long as this process leads, until stopped is set."""
 
         def turn() -> float:
-            began = time.monotonic()
             self.release()
-            return max(TURN_S, min((time.monotonic() - began) / MOST_OF_TIME, 1.0))
+            return self.pause_s
 
         while_leading(
             turn,
@@ -154,11 +156,18 @@ class Turns:
             failed_s=1.0,
         )
 
+    @property
+    def pause_s(self) -> float:
+        """How long to wait after the last release(); by what it counted, however long it took to send."""
+        return max(TURN_S, min(self._counting_s / MOST_OF_TIME, LONGEST_S))
+
     def release(self) -> int:
         """Send what has its turn now; how many jobs those were. A region that is away is passed over."""
+        began = time.monotonic()
         held: dict[tuple[str, int], dict[str, int]] = defaultdict(dict)
         for (queue, priority, owner), count in self._rows.held.counts().items():
             held[queue, priority][owner] = count
+        self._counting_s = time.monotonic() - began
         for known in [key for key in self._had if key not in held]:
             # Nobody waits there any more: all begin anew.
             del self._had[known], self._now[known]

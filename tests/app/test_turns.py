@@ -1,5 +1,6 @@
 """Keys take turns by weight within one priority of a queue, and what is held for its turn is a job like any other."""
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -73,6 +74,25 @@ def test_one_keys_flood_holds_up_anothers_job_by_a_window_and_weights_share_what
     assert 21 <= first.count(heavy) <= 27
     # Each key's own in the order in which they came.
     assert [row.id for row in started if row.owner == light] == [row.id for row in shared[32:]]
+
+
+def test_control_looks_again_soon_though_sending_took_long(platform, keys, monkeypatch):
+    """Or workers would have begun all the urgent jobs that were sent ahead, and go on to others."""
+    platform.stop_control()
+    flood(platform, "a", WINDOW + 100)
+    send = platform.dispatch.send
+
+    def send_slowly(row: JobRow) -> None:
+        time.sleep(0.01)
+        send(row)
+
+    monkeypatch.setattr(platform.dispatch, "send", send_slowly)
+    turns = Turns(platform.dispatch, keys, WINDOW + 100)
+    began = time.monotonic()
+    assert turns.release() == 100
+
+    assert time.monotonic() - began > 1
+    assert turns.pause_s < 0.5
 
 
 def test_a_held_job_says_so_is_cancelled_and_expires(platform):
