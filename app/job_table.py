@@ -1,4 +1,4 @@
-"""The jobs table as Python reads and writes it: a row, the conditions that its indexes know, and whose turn it is.
+"""The jobs table as Python reads and writes it: a row, the conditions that its indexes know, and its connections.
 
 Whoever changes rows does it by statements that name the state they expect (app/rows.py).
 """
@@ -124,6 +124,7 @@ class JobTable:
 
 
 def row_of(found: Any) -> JobRow:
+    """The job of what a statement returned for COLUMNS."""
     values = dict(found._mapping)
     values["type"] = JobType(values["type"])
     values["status"] = JobState(values["status"])

@@ -52,7 +52,7 @@ def fingerprint_of(request: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(request, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-IS_QUEUED = jobs.c.status == str(JobState.QUEUED)
+_QUEUED = jobs.c.status == str(JobState.QUEUED)
 # Whatever its public state: no worker has begun its present attempt.
 _WAITS = jobs.c.run_deadline.is_(None)
 # Or to be sent: nobody but its worker has the params of a job that its client brought there.
@@ -118,7 +118,7 @@ _BEGUN = (
         IS_LIVE,
         jobs.c.attempt == bindparam("of_attempt"),
         # Running already: another worker has it now, after one that was lost or gave it back.
-        or_(IS_QUEUED, jobs.c.worker_id.is_distinct_from(bindparam("worker"))),
+        or_(_QUEUED, jobs.c.worker_id.is_distinct_from(bindparam("worker"))),
     )
     .values(
         version=jobs.c.version + 1,
@@ -430,7 +430,7 @@ class Rows:
         """Take back a job that nobody was told of; False if it is no longer as its insert() gave it."""
         changed = self._change(
             jobs.c.id == row.id,
-            IS_QUEUED,
+            _QUEUED,
             jobs.c.version == row.version,
             status=str(JobState.CANCELLED),
             completed_at=now(),
@@ -480,7 +480,7 @@ class Rows:
 
     def waited_too_long(self, limit: int) -> list[JobRow]:
         """Queued jobs past their queue deadline."""
-        return self._table.some(select(*COLUMNS).where(IS_LIVE, IS_QUEUED, jobs.c.queue_deadline <= now()), limit)
+        return self._table.some(select(*COLUMNS).where(IS_LIVE, _QUEUED, jobs.c.queue_deadline <= now()), limit)
 
     def ran_too_long(self, limit: int) -> list[JobRow]:
         """Running jobs past their run deadline and grace."""

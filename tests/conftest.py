@@ -22,7 +22,7 @@ from tests.servers import Postgres, RabbitMq
 
 STARTED_S = 10
 #: Files that take half a minute or more by themselves: begun last, they would keep one process busy and no other.
-LONG = ("tests/test_journey.py", "local/test_up.py", "app/test_serve.py", "fuzz/test_cases.py")
+LONG = ("tests/test_journey.py", "local/test_up.py", "fuzz/test_cases.py", "fuzz/test_machine.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,9 +1,9 @@
-"""Workers as forks of a process that has imported celery once: a test run starts some hundreds of them.
+"""Workers and servers as forks of a process that has imported their libraries once: a test run starts some hundreds.
 
-What is run is `python -m celery -A tasks worker`, from its first line and in a process of its own; only what it imports
-of other libraries, and what of ours reads no environment, is there already. That is most of the second which a start
-takes from a core. What is started by the command itself: tests/test_journey.py, tests/local/test_up.py and
-tests/tasks/test_launch.py.
+What is run is `python -m celery -A tasks worker` or `python -m app.serve`, from its first line and in a process of its
+own; only what it imports of other libraries, and what of ours reads no environment, is there already. That is most of
+the second which a start takes from a core. What is started by the command itself: tests/test_journey.py,
+tests/local/test_up.py and tests/tasks/test_launch.py.
 """
 
 import atexit
@@ -36,6 +36,9 @@ _FORKS.set_forkserver_preload(
         "tasks.channel",
         "tasks.consuming",
         "tasks.station",
+        # For the API's server.
+        "app",
+        "waitress",
     ]
 )
 
