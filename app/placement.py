@@ -78,7 +78,8 @@ class Placement:
             return waiting.held_place(
                 row, self._links, own, self._held.before(row.held_for, row.priority, row.owner, own)
             )
-        return waiting.place(row, self._links, standing)
+        queue = routing.queue_name(row.region, row.type, row.model)
+        return waiting.place(row, self._links, standing, held_before=self._held.more_urgent(queue, row.priority))
 
     def cards(self) -> list[Card]:
         """The live workers of every region that can be reached."""

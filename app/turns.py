@@ -113,6 +113,10 @@ class HeldBack:
                 others += count if other > priority else min(count, own + 1)
         return own + others
 
+    def more_urgent(self, queue: str, priority: int) -> int:
+        """How many held jobs of the queue are released before any of this priority."""
+        return sum(count for (name, other, _), count in self.counts().items() if name == queue and other > priority)
+
     def own_before(self, row: JobRow) -> int:
         """How many of its owner's held jobs have their turn before this one."""
         return self._rows.held.before(row, _MOST_BEFORE)

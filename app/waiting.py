@@ -59,8 +59,11 @@ class Statistics:
     by_region: Mapping[str, RegionStatistics]
 
 
-def place(row: JobRow, links: Mapping[str, Link], standing: Standing | None = None) -> Place:
-    """A queued job's position, estimated wait, and why it waits; standing: if it is known already."""
+def place(row: JobRow, links: Mapping[str, Link], standing: Standing | None = None, *, held_before: int = 0) -> Place:
+    """A queued job's position, estimated wait, and why it waits.
+
+    standing: if it is known already. held_before: more urgent jobs that are in no store yet.
+    """
     if row.status is not JobState.QUEUED:
         return Place()
     link = links.get(row.region)
@@ -74,8 +77,8 @@ def place(row: JobRow, links: Mapping[str, Link], standing: Standing | None = No
             with link.mailbox.breaker:
                 standing = link.mailbox.ledger.standing(row.id, queue, beside)
         if load.slots == 0:
-            ahead = None if standing is None else standing.before
-            return Place(None if ahead is None else ahead + 1, None, _why_nobody(row, link.cards(), links))
+            position = None if standing is None else standing.before + held_before + 1
+            return Place(position, None, _why_nobody(row, link.cards(), links))
     except Down:
         return Place(reason=_why_unreachable(row))
     if standing is None:
@@ -83,7 +86,7 @@ def place(row: JobRow, links: Mapping[str, Link], standing: Standing | None = No
         return Place(reason=f"It was sent {'anew ' if moved else ''}to {row.region} and is on its way to a worker.")
     # As it was just now; the load may be half a second old.
     load = load.with_busy(standing.running, standing.running_beside)
-    ahead = standing.before + round(load.share_beside * standing.before_beside)
+    ahead = held_before + standing.before + round(load.share_beside * standing.before_beside)
     return Place(ahead + 1, routing.estimated_wait_s(ahead, load), _why_busy(row, load, ahead))
 
 

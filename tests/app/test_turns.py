@@ -110,6 +110,16 @@ def test_a_held_job_says_so_is_cancelled_and_expires(platform):
     assert held(platform) == 2
 
 
+def test_a_job_that_was_sent_stands_behind_more_urgent_ones_that_are_held(platform):
+    low = flood(platform, "a", WINDOW)
+    urgent = flood(platform, "a", WINDOW + 12, priority=5)
+    assert (platform.row(low[0]).held_for, platform.row(urgent[-1]).held_for) == (None, QUEUE)
+
+    place = platform.dispatch.placement.place(platform.row(low[0]))
+
+    assert place.position == WINDOW + 12 + 1
+
+
 def test_what_is_held_is_not_sent_by_whoever_mends_and_survives_an_emptied_store(platform, valkey: Valkey):
     rows = flood(platform, "a", WINDOW + 20)
     assert held(platform) == 20
