@@ -74,7 +74,7 @@ def create(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> A
     extra = {"Location": url_for("jobs.show", job_id=row.id), "X-Job-Id": row.id}
     if submitted.replayed:
         extra["Idempotent-Replayed"] = "true"
-    return Shown(row, dispatch.placement.place(row, submitted.standing)), 202, extra
+    return Shown(row, dispatch.placement.place(row, submitted.standing, newest=not submitted.replayed)), 202, extra
 
 
 @blueprint.post("/sync")
@@ -212,7 +212,8 @@ def retry(headers: dict[str, Any], job_id: str) -> Any:
     extra = {"Location": url_for("jobs.show", job_id=submitted.row.id), "X-Job-Id": submitted.row.id}
     if submitted.replayed:
         extra["Idempotent-Replayed"] = "true"
-    return Shown(submitted.row, dispatch.placement.place(submitted.row, submitted.standing)), 202, extra
+    place = dispatch.placement.place(submitted.row, submitted.standing, newest=not submitted.replayed)
+    return Shown(submitted.row, place), 202, extra
 
 
 @blueprint.get("")

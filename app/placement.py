@@ -71,10 +71,13 @@ class Placement:
         found = (offer for name in (home, *others) for offer in self._offers(request, [name]).values())
         return any(offer.load.slots > 0 for offer in found)
 
-    def place(self, row: JobRow, standing: Standing | None = None) -> Place:
-        """A queued job's position, estimated wait, and why it waits; standing: if it is known already."""
+    def place(self, row: JobRow, standing: Standing | None = None, *, newest: bool = False) -> Place:
+        """A queued job's position, estimated wait, and why it waits.
+
+        standing: if it is known already. newest: it has just come.
+        """
         if row.held_for is not None and row.status is JobState.QUEUED:
-            own = self._held.own_before(row)
+            own = self._held.own_before(row, newest=newest)
             return waiting.held_place(
                 row, self._links, own, self._held.before(row.held_for, row.priority, row.owner, own)
             )

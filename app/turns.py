@@ -117,8 +117,13 @@ class HeldBack:
         """How many held jobs of the queue are released before any of this priority."""
         return sum(count for (name, other, _), count in self.counts().items() if name == queue and other > priority)
 
-    def own_before(self, row: JobRow) -> int:
-        """How many of its owner's held jobs have their turn before this one."""
+    def own_before(self, row: JobRow, *, newest: bool = False) -> int:
+        """How many of its owner's held jobs have their turn before this one.
+
+        newest: it has just come, so that is all of them, which need not be counted again for each.
+        """
+        if newest and row.held_for is not None:
+            return max(self._own(row.held_for, row.priority, row.owner) - 1, 0)
         return self._rows.held.before(row, _MOST_BEFORE)
 
     def _own(self, queue: str, priority: int, owner: str | None) -> int:

@@ -102,6 +102,8 @@ def test_a_held_job_says_so_is_cancelled_and_expires(platform):
 
     place = platform.dispatch.placement.place(platform.row(rows[2]))
     assert place.position == WINDOW + 3
+    last = platform.row(rows[3])
+    assert platform.dispatch.placement.place(last, newest=True) == platform.dispatch.placement.place(last)
     assert platform.dispatch.statistics("asia-east").total_queued == WINDOW + 4
     assert platform.dispatch.cancel(rows[0]).status is JobState.CANCELLED
     platform.until(lambda: platform.status(rows[3]) is JobState.TIMEOUT, 10)
