@@ -76,7 +76,9 @@ class Placement:
 
         standing: if it is known already. newest: it has just come.
         """
-        if row.held_for is not None and row.status is JobState.QUEUED:
+        if row.status is not JobState.QUEUED:
+            return Place()
+        if row.held_for is not None:
             own = self._held.own_before(row, newest=newest)
             return waiting.held_place(
                 row, self._links, own, self._held.before(row.held_for, row.priority, row.owner, own)

@@ -64,8 +64,6 @@ def place(row: JobRow, links: Mapping[str, Link], standing: Standing | None = No
 
     standing: if it is known already. held_before: more urgent jobs that are in no store yet.
     """
-    if row.status is not JobState.QUEUED:
-        return Place()
     link = links.get(row.region)
     try:
         if link is None:

@@ -118,7 +118,6 @@ class Model:
 PINNED = re.compile(r"([^@\s]+)@([0-9a-f]{40})")
 #: What stands for no commit, behind an id: whatever is newest.
 MAIN = "main"
-_AT = re.compile(rf"([^@\s]+)@([0-9a-f]{{40}}|{MAIN})")
 
 
 class UnknownModel(LookupError):
@@ -378,7 +377,9 @@ SERVERS: Mapping[JobType, tuple[str, ...]] = {
 
 def split(name: str) -> tuple[str, str | None]:
     """A model's name without what stands behind it, and that: a commit, MAIN, or None."""
-    found = _AT.fullmatch(name)
+    if name.endswith(f"@{MAIN}"):
+        return name.removesuffix(f"@{MAIN}"), MAIN
+    found = PINNED.fullmatch(name)
     return (found[1], found[2]) if found else (name, None)
 
 

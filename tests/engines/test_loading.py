@@ -1,9 +1,6 @@
-import http.server
 import os
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ from engines import packaged
 from engines.catalogue import DEFAULT_ON_CPU, DEFAULT_ON_GPU, MODELS, JobType, Model, UnknownModel, find
 from engines.contract import Device, EngineLoadError
 from engines.loading import check_kernels, detect_device, load, locate, pick_dtype, resolve
+from tests.engines.hub import serving
 
 SMOLLM2 = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CPU = Device("cpu", dtype="float32")
@@ -65,46 +63,21 @@ def test_packaged_weights_are_used_once_they_are_prepared_and_the_hub_before(
     assert locate(model) == str(folder)
 
 
-@pytest.fixture
-def hub() -> Iterator[tuple[str, list[str]]]:
-    """A hub that has nothing: its address and the paths that it was asked for."""
-    asked: list[str] = []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            self.send_response(404)
-            self.send_header("X-Error-Code", "RepoNotFound")
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-
-        do_HEAD = do_GET  # noqa: N815
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
-        server.shutdown()
-
-
-def test_weights_are_asked_for_at_hf_endpoint_and_its_refusal_says_what_to_set(
-    hub: tuple[str, list[str]], tmp_path: Path
-) -> None:
-    address, asked = hub
+def test_weights_are_asked_for_at_hf_endpoint_and_its_refusal_says_what_to_set(tmp_path: Path) -> None:
     script = (
         "from engines.loading import *; from engines.contract import *\n"
         "try: load(resolve(JobType.LLM, 'Qwen/Qwen2.5-7B-Instruct'), Device('cpu'))\n"
         "except EngineLoadError as error: print(error)"
     )
-    environment = {**os.environ, "HF_ENDPOINT": address, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    with serving({}) as hub:
+        environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+        )
 
     commit = find(JobType.LLM, "Qwen/Qwen2.5-7B-Instruct").revision
-    assert any(path.startswith(f"/Qwen/Qwen2.5-7B-Instruct/resolve/{commit}/config.json") for path in asked)
-    assert f"Qwen/Qwen2.5-7B-Instruct cannot be loaded from {address}" in done.stdout
+    assert ("Qwen/Qwen2.5-7B-Instruct", commit, "config.json") in hub.asked
+    assert f"Qwen/Qwen2.5-7B-Instruct cannot be loaded from {hub.url}" in done.stdout
     assert "Set HF_ENDPOINT" in done.stdout
 
 
