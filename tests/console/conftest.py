@@ -12,7 +12,7 @@ import pytest
 import waitress
 from axe_playwright_python.sync_playwright import Axe
 from flask import Flask
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from app import create_app
 from app.settings import Settings
@@ -26,6 +26,8 @@ FLAGS += ["--disable-component-update", "--disable-sync"]
 # A microphone that beeps.
 FLAGS += ["--use-fake-device-for-media-stream"]
 THREADS = 24
+# Five seconds, the default, are less than a busy machine may take.
+expect.set_options(timeout=20_000)
 #: The rules of WCAG 2.2 on levels A and AA.
 RULES = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}
 
@@ -111,7 +113,7 @@ def page(browser: Browser) -> Iterator[Page]:
     """A fresh profile in English, whose console errors and foreign requests fail the test."""
     context = browser.new_context(locale="en-GB", viewport={"width": 1300, "height": 900}, reduced_motion="reduce")
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(20_000)
     wrong: list[str] = []
     page.on("console", lambda said: wrong.append(said.text) if said.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))

@@ -64,7 +64,7 @@ def test_a_jobs_page_shows_it_live_and_runs_a_failed_one_again(page, site, platf
     expect(page.locator("progress")).to_be_visible()
     expect(page.locator(".head .badge")).to_have_text("completed")
     expect(page.locator(".answer")).to_have_text("sleep 3")
-    failed = platform.ended(platform.submit("fail"), 10)
+    failed = platform.ended(platform.submit("fail"))
     page.goto(f"{site}/console#/jobs/{failed.id}")
 
     page.get_by_role("button", name="Run again").click()
@@ -73,8 +73,39 @@ def test_a_jobs_page_shows_it_live_and_runs_a_failed_one_again(page, site, platf
     expect(page.locator(".head .badge")).to_have_text("failed")
 
 
+def test_an_address_that_is_chosen_before_it_is_known_who_asks_is_shown_then(page, site):
+    asked = []
+    page.route("**/console/session", lambda route: asked.append(route))
+    with page.expect_request("**/console/session"):
+        page.goto(f"{site}/console")
+    page.evaluate("new Promise(done => { addEventListener('hashchange', done); location.hash = '#/keys' })")
+    asked[0].continue_()
+
+    expect(page.locator("main h1")).to_have_text("Keys")
+
+
+def test_what_the_network_lost_is_read_again(page, site, platform: Platform):
+    row = platform.ended(platform.submit("hello"))
+    lost = []
+
+    def lose_once(route):
+        if lost:
+            route.continue_()
+        else:
+            lost.append(route.request.url)
+            route.abort("internetdisconnected")
+
+    page.route(f"**/jobs/{row.id}", lose_once)
+    page.goto(f"{site}/console#/jobs/{row.id}")
+
+    expect(page.locator(".answer")).to_have_text("hello")
+    assert len(lost) == 1
+    # The browser notes what was lost.
+    page.wrong.clear()
+
+
 def test_a_result_is_shown_as_what_it_is(page, site, platform: Platform):
-    row = platform.ended(platform.submit("one text", job_type=JobType.EMBEDDING), 10)
+    row = platform.ended(platform.submit("one text", job_type=JobType.EMBEDDING))
 
     page.goto(f"{site}/console#/jobs/{row.id}")
 

@@ -43,6 +43,7 @@ def test_a_chat_streams_with_its_history_and_says_how_fast(playground, platform:
     page.get_by_label("Message").fill("and four")
     page.get_by_role("button", name="Send").click()
 
+    expect(page.locator(".turn.assistant .meta").nth(1)).to_contain_text("2 tokens")
     expect(page.locator(".turn.assistant .said").nth(1)).to_have_text("and four")
     page.locator(".turn.assistant .meta a").nth(1).click()
     expect(page.locator(".head .badge")).to_have_text("completed")
@@ -54,6 +55,27 @@ def test_a_chat_streams_with_its_history_and_says_how_fast(playground, platform:
     ]
     page.go_back()
     expect(page.locator(".turn.user")).to_have_count(2)
+
+
+def test_an_answer_goes_on_while_the_reader_looks_at_its_job_and_can_be_stopped_afterwards(
+    playground, platform: Platform
+):
+    page = playground("llm")
+    page.get_by_label("Message").fill("sleep 60")
+    page.keyboard.press("Enter")
+    page.locator(".turn.assistant .meta a").click()
+    expect(page.locator(".head .badge")).to_have_text("running")
+    job = page.url.rpartition("/")[2]
+
+    page.go_back()
+
+    expect(page.locator(".turn.user")).to_have_count(1)
+    page.get_by_role("button", name="Stop").click()
+    expect(page.locator(".turn.assistant")).to_contain_text("stopped")
+    expect(page.get_by_role("button", name="Send")).to_be_visible()
+    row = platform.dispatch.look(job)
+    assert row is not None
+    assert row.status == "cancelled"
 
 
 def test_stop_cancels_the_job_and_a_refusal_stands_beside_its_field(playground, platform: Platform):
@@ -87,8 +109,7 @@ def test_a_picture_appears_and_its_seed_can_be_used_again(playground):
 
     page.get_by_role("button", name="Draw").click()
 
-    expect(page.locator("img.picture")).to_be_visible()
-    assert page.locator("img.picture").evaluate("node => node.naturalWidth") == 64
+    expect(page.locator("img.picture")).to_have_js_property("naturalWidth", 64)
     expect(page.get_by_role("link", name="Download")).to_have_attribute("download", "picture-7.png")
     expect(page.get_by_role("button", name="Use seed 7 again")).to_be_visible()
 
@@ -104,6 +125,7 @@ def test_an_uploaded_picture_is_asked_about_and_the_same_request_works_with_curl
 
     expect(page.locator(".run .answer")).to_have_text("what's there?")
     page.get_by_text("As curl").click()
+    expect(page.locator("details pre")).to_contain_text("curl ")
     told = page.locator("details pre").inner_text().replace("curl ", "curl -s --noproxy '*' ")
     environ = {**os.environ, "GPU_API_KEY": ""}
     heard = subprocess.run(told, shell=True, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=30)

@@ -4,6 +4,7 @@ const BASE = new URL("../api/v1/", import.meta.url);
 const KEY = "console.key";
 const FIRST_PAUSE_MS = 500;
 const LONGEST_PAUSE_MS = 10_000;
+const READ_AGAIN_MS = [200, 1000];
 
 let askForKey = null;
 let asking = null;
@@ -44,6 +45,7 @@ export async function send(method, path, { query, body, signal, headers } = {}) 
     if (value !== null && value !== undefined && value !== "") url.searchParams.set(name, value);
   }
   const isData = body instanceof FormData || body instanceof Blob;
+  const again = method === "GET" ? [...READ_AGAIN_MS] : [];
   while (true) {
     const used = key();
     const sent = { ...headers };
@@ -57,7 +59,10 @@ export async function send(method, path, { query, body, signal, headers } = {}) 
       });
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new ApiError(0, { detail: error.message });
+      if (!again.length) throw new ApiError(0, { detail: error.message });
+      // The browser's network has changed, say; reading changes nothing.
+      await passed(again.shift());
+      continue;
     }
     if (response.ok) return response;
     const error = new ApiError(response.status, await response.json().catch(() => ({})));
@@ -123,6 +128,8 @@ function parsed(block) {
   return event;
 }
 
+const passed = (ms) => new Promise((resolve) => setTimeout(resolve, ms));
+
 /**
  * The events of a stream that is opened again, from where it broke, until `last(event)` or the signal says so.
  * onState: told true when it is open, false when it broke. after: the id of the last event that is known.
@@ -145,7 +152,7 @@ export async function* follow(path, { signal, last = () => false, onState = () =
       if (error.status >= 400 && error.status < 500 && error.status !== 429) throw error;
     }
     onState(false);
-    await new Promise((resolve) => setTimeout(resolve, pause));
+    await passed(pause);
     pause = Math.min(2 * pause, LONGEST_PAUSE_MS);
   }
 }

@@ -107,9 +107,10 @@ function languageButton() {
   return h("button", { class: "quiet", id: "language", lang: other === "zh" ? "zh-CN" : "en", onclick: press }, named[other]);
 }
 
-async function signOut() {
+function signOut() {
   useKey(null);
-  await enter();
+  // Nothing that was shown to this key is left for the next one.
+  location.reload();
 }
 
 /** Ask for a key until one is given. */
@@ -193,7 +194,7 @@ async function enter() {
 
 function failureAlone(error) {
   const again = () => {
-    useKey(null);
+    if (error.status !== 0) useKey(null);
     enter();
   };
   return h("div", { class: "card problem", role: "alert" },
@@ -206,6 +207,8 @@ document.documentElement.lang = locale();
 onKeyNeeded(askForKey);
 live.watch(showLive, new AbortController().signal);
 addEventListener("hashchange", () => {
+  // Until it is known who asks there is nothing to put a page into; enter() shows what the address says by then.
+  if (!session) return;
   route();
   window.scrollTo(0, 0);
   document.getElementById("main")?.focus({ preventScroll: true });

@@ -1,6 +1,5 @@
 // A conversation, word by word.
 
-import { ApiError } from "../api.js";
 import { announce, h, put } from "../dom.js";
 import { count, decimal, duration } from "../format.js";
 import { t, word } from "../words.js";
@@ -9,10 +8,14 @@ import { shown as curl } from "./curl.js";
 import { form as newForm, lines, number } from "./form.js";
 import { send } from "./sending.js";
 
-// The conversation outlives a look at another page. Turns: {role, content, job, status, error, speed}; a question whose
-// answer failed is shown, but not sent again.
+// The conversation outlives a look at another page, and so does an answer under way; both end with the tab. Turns:
+// {role, content, job, status, error, speed}; a question whose answer failed is shown, but not sent again.
 let turns = [];
 let kept = { system: "", draft: "" };
+let sent = null;
+// Draws the page that is open.
+let changed = () => {};
+const always = new AbortController().signal;
 
 /** Show the page; options: {models, session}. */
 export function show(root, { signal, options }) {
@@ -24,8 +27,7 @@ export function show(root, { signal, options }) {
   const system = lines({ rows: 3, oninput: () => { kept.system = system.value; } });
   system.value = kept.system;
   const sendButton = h("button", { class: "primary" }, t("playground.send"));
-  const stopButton = h("button", { type: "button", class: "danger", hidden: true, onclick: () => sent?.stop() }, t("playground.stop"));
-  let sent = null;
+  const stopButton = h("button", { type: "button", class: "danger", onclick: () => sent?.stop() }, t("playground.stop"));
 
   const message = form.add("params.messages", t("playground.message"), draft, { hint: t("playground.keys"), read: messages });
   const command = curl(() => ({ type: "llm", ...form.values() }));
@@ -41,6 +43,7 @@ export function show(root, { signal, options }) {
         form.add("params.top_p", t("playground.top-p"), number()),
         form.add("params.seed", t("playground.seed"), number({ step: 1 }))),
       where(form, options), command.node)));
+  changed = () => !signal.aborted && draw();
   draw();
 
   function messages() {
@@ -67,11 +70,6 @@ export function show(root, { signal, options }) {
     draw();
     command.draw();
     draft.focus();
-  }
-
-  function busy(is) {
-    sendButton.hidden = is;
-    stopButton.hidden = !is;
   }
 
   async function submit(event) {
@@ -102,10 +100,9 @@ export function show(root, { signal, options }) {
       } else return;
       drawSoon();
     };
-    busy(true);
+    sent = send(body, { signal: always, heard, leaving: "cancel" });
     draw();
     log.scrollTop = log.scrollHeight;
-    sent = send(body, { signal, heard, leaving: "cancel" });
     try {
       const job = await sent.ended;
       answer.status = job.status;
@@ -116,36 +113,38 @@ export function show(root, { signal, options }) {
       answer.warnings = job.warnings;
       announce(answer.error ?? answer.content);
     } catch (error) {
-      if (signal.aborted || !(error instanceof ApiError) || !answer.job) {
+      if (answer.job) answer.error = error.message;
+      else {
         turns = turns.filter((turn) => turn !== question && turn !== answer);
         draft.value = kept.draft = question.content;
-      } else answer.error = error.message;
-      if (!signal.aborted && !answer.job) refused(error, form, wrong);
+        refused(error, form, wrong);
+      }
     } finally {
       sent = null;
+      changed();
     }
     if (signal.aborted) return;
-    busy(false);
-    draw();
     command.draw();
     if (document.activeElement === document.body) draft.focus();
   }
 
-  let scheduled = false;
-  function drawSoon() {
-    if (scheduled) return;
-    scheduled = true;
-    requestAnimationFrame(() => {
-      scheduled = false;
-      if (!signal.aborted) draw();
-    });
-  }
-
   function draw() {
+    sendButton.hidden = sent !== null;
+    stopButton.hidden = sent === null;
     const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
     put(log, turns.length ? turns.map(shownTurn) : h("p", { class: "empty" }, t("playground.chat-empty")));
     if (atEnd) log.scrollTop = log.scrollHeight;
   }
+}
+
+let scheduled = false;
+function drawSoon() {
+  if (scheduled) return;
+  scheduled = true;
+  requestAnimationFrame(() => {
+    scheduled = false;
+    changed();
+  });
 }
 
 function shownTurn(turn) {
