@@ -29,9 +29,10 @@ check: setup
 	$(BIN)/python -m engines.packaged smollm2-135m-instruct whisper-base all-minilm-l6-v2
 	# These alone load torch and diffusers, which takes each process ten seconds; and they never wait.
 	$(BIN)/pytest -n 2 --dist loadfile tests/engines tests/shapes
-	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder $(addprefix --ignore tests/,engines shapes faults)
-	# By themselves: these count the seconds until a killed or frozen part is made up for, and mostly wait.
-	$(BIN)/pytest -n 4 --dist loadfile tests/faults
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder $(addprefix --ignore tests/,engines shapes chaos faults)
+	# By themselves: these count the seconds until a killed or frozen part is made up for, and mostly wait; and they make
+	# network interfaces, at which every browser drops what it is fetching (ERR_NETWORK_CHANGED).
+	$(BIN)/pytest -n 4 --dist loadfile tests/chaos tests/faults
 
 format: setup
 	$(BIN)/ruff format
