@@ -1,5 +1,7 @@
 """The platform as real processes: workers with the echo engine, the reconciler, and the API's side in this one."""
 
+import itertools
+import random
 import re
 import signal
 import socket
@@ -8,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from app import control
@@ -23,21 +26,30 @@ from tasks import settings
 from tasks.job import JobState
 from tests.forking import Fork
 
+#: Below those that the system gives to connections, one of which might take a port before its server does; each test
+#: process in an order of its own. tests/gpu_admin/server_case.py has those from 20,000.
+_PORTS = itertools.cycle(random.SystemRandom().sample(range(10_000, 20_000), 10_000))
 #: Settings of a worker that serves every type without weights, and its queues.
 ECHO = dict.fromkeys(settings.MODEL_VARIABLES, "echo")
 EVERY_TYPE = ",".join(f"asia-east.{job_type}" for job_type in JobType)
 ROOT = Path(__file__).resolve().parent.parent
-READY_S = 40
+READY_S = 60
+#: Far longer than what tests wait for takes on a busy machine; those that promise a time say it themselves.
+PATIENCE_S = 45.0
+#: What a busy machine may add to a time that is promised.
+BUSY_S = 3.0
 
 
 def free_port() -> int:
     """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        port = next(_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
-def until(look: Callable[[], object], seconds: float) -> None:
+def until(look: Callable[[], object], seconds: float = PATIENCE_S) -> None:
     """Wait for something to become true; fails if it does not within so many seconds."""
     end = time.monotonic() + seconds
     while not look():
@@ -173,13 +185,13 @@ class Platform:
         assert found is not None
         return found
 
-    def ended(self, row: JobRow, seconds: float) -> JobRow:
+    def ended(self, row: JobRow, seconds: float = PATIENCE_S) -> JobRow:
         """The job once it has ended, within so many seconds."""
         last = self.dispatch.wait(row, seconds)
         assert last.ended, f"{last.status} after {seconds} s"
         return last
 
-    def until(self, look: Callable[[], object], seconds: float) -> None:
+    def until(self, look: Callable[[], object], seconds: float = PATIENCE_S) -> None:
         """Wait for something to become true; fails if it does not within so many seconds."""
         until(look, seconds)
 

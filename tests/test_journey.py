@@ -13,8 +13,8 @@ from PIL import Image
 from local.settings import LOOPBACK
 from shapes.world import Scene, judge
 from tasks.settings import MODEL_VARIABLES
+from tests.rig import ROOT, free_port
 
-ROOT = Path(__file__).resolve().parent.parent
 PORTS = ("PORT", "FLOWER_PORT", "STORE_PORT", "GPU_ADMIN_PORT")
 #: The settings of whoever runs the tests must not lead the demo elsewhere.
 FOREIGN = {
@@ -27,10 +27,7 @@ FOREIGN = {
 # Where the models have not been prepared yet, that takes another two minutes.
 @pytest.mark.timeout(500)
 def test_the_demo_shows_every_type_and_leaves_nothing(tmp_path: Path) -> None:
-    servers = [socket.create_server((LOOPBACK, 0)) for _ in PORTS]
-    ports = {name: str(server.getsockname()[1]) for name, server in zip(PORTS, servers, strict=True)}
-    for server in servers:
-        server.close()
+    ports = {name: str(free_port()) for name in PORTS}
     environ = {
         **{name: value for name, value in os.environ.items() if name not in MODEL_VARIABLES},
         **FOREIGN,

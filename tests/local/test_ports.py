@@ -43,8 +43,8 @@ def test_free_ports_pass(tmp_path: Path) -> None:
 
 
 def test_a_port_that_was_just_left_is_free(tmp_path: Path) -> None:
-    with socket.create_server((LOOPBACK, 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
+    with socket.create_server((LOOPBACK, port)) as server:
         client = socket.create_connection((LOOPBACK, port))
         server.accept()[0].close()
         client.close()

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from local.settings import LOOPBACK
-from tests.rig import ECHO
+from tests.rig import ECHO, free_port
 
 PORTS = ("PORT", "FLOWER_PORT", "STORE_PORT", "GPU_ADMIN_PORT")
 UP = "everything is up"
@@ -26,10 +26,7 @@ pytestmark = pytest.mark.timeout(300)
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str]:
     """Free ports, a data folder of its own, an engine without weights, and a proxy that reaches nothing."""
-    servers = [socket.create_server((LOOPBACK, 0)) for _ in PORTS]
-    ports = {name: str(server.getsockname()[1]) for name, server in zip(PORTS, servers, strict=True)}
-    for server in servers:
-        server.close()
+    ports = {name: str(free_port()) for name in PORTS}
     elsewhere = {"http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
     return {
         **os.environ,
