@@ -20,7 +20,7 @@ from app.tables import upgrade
 from tests.rig import ECHO, EVERY_TYPE, Platform, free_port
 from tests.servers import Postgres, RabbitMq
 
-STARTED_S = 10
+STARTED_S = 40
 #: Files that take half a minute or more by themselves: begun last, they would keep one process busy and no other.
 LONG = ("tests/test_journey.py", "local/test_up.py", "fuzz/test_cases.py", "fuzz/test_machine.py")
 

@@ -138,7 +138,7 @@ def test_one_job_is_one_trace_and_every_line_about_it_says_so(traced: Traced):
     job_id = answer.json()["job_id"]
     asked = "POST /api/v1/jobs"
     names = {asked, "submit", "publish", "job", "begin", "engine.run", "finish", "fold"}
-    until(lambda: names <= traced.collector.spans.keys(), 20)
+    until(lambda: names <= traced.collector.spans.keys())
     spans = traced.collector.spans
     parents = {name: next((n for n, s in spans.items() if s["id"] == spans[name]["parent"]), None) for name in names}
     assert parents == {

@@ -63,7 +63,7 @@ def test_what_was_held_comes_out_when_the_store_is_back_and_there_is_room_again(
         reconciler.tick()
         return set(worker.waiting()) == held
 
-    until(sent, 10)
+    until(sent)
     assert create(client).status_code == 202
 
 

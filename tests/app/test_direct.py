@@ -109,7 +109,7 @@ def chosen(client):
             answer.update(client.get(NEAREST, query_string={"job_type": "llm", **query}).json)
             return answer.get("worker_id") == worker_id
 
-        until(look, 10)
+        until(look)
         return answer
 
     return wait
@@ -273,7 +273,7 @@ def test_from_the_nearest_worker_to_the_end_of_its_service(platform, client, url
     assert job["result"] == queued["result"]
     assert job["worker_id"] == queued["worker_id"] == worker.id
     assert set(job) == set(queued)
-    until(lambda: client.get(f"/api/v1/jobs/{job['job_id']}").status_code == 200, 10)
+    until(lambda: client.get(f"/api/v1/jobs/{job['job_id']}").status_code == 200)
     row = client.get(f"/api/v1/jobs/{job['job_id']}").json
     assert row["result"] == queued["result"]
 
@@ -298,7 +298,7 @@ def test_from_the_nearest_worker_to_the_end_of_its_service(platform, client, url
     )
     job_id = stream.headers["X-Job-Id"]
     waiting = sdk.submit("llm", {"messages": MESSAGES})["job_id"]
-    until(lambda: client.get(f"/api/v1/jobs/{job_id}").json.get("progress"), 10)
+    until(lambda: client.get(f"/api/v1/jobs/{job_id}").json.get("progress"))
     assert client.get(f"/api/v1/jobs/{waiting}").json["status"] == "queued"
     assert client.delete(f"/api/v1/jobs/{job_id}").status_code == 200
     assert '"status":"cancelled"' in list(stream.iter_lines(decode_unicode=True))[-2]
@@ -315,7 +315,7 @@ def test_from_the_nearest_worker_to_the_end_of_its_service(platform, client, url
 
     thread = threading.Thread(target=bring)
     thread.start()
-    until(lambda: platform.dispatch.links["asia-east"].mailbox.ledger.store.smembers(f"running:{worker.id}"), 10)
+    until(lambda: platform.dispatch.links["asia-east"].mailbox.ledger.store.smembers(f"running:{worker.id}"))
     worker.signal(signal.SIGTERM)
     thread.join()
     worker.process.wait(30)

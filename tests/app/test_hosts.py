@@ -38,7 +38,7 @@ def test_a_model_starts_and_stops_there(mounted):
     begun = client.post(f"{HOST}/models/start", json=ORDER)
 
     assert (begun.status_code, begun.json["total_instances"]) == (202, 8)
-    until(lambda: [item["status"] for item in client.get(f"{HOST}/models/status").json] == ["RUNNING"], 20)
+    until(lambda: [item["status"] for item in client.get(f"{HOST}/models/status").json] == ["RUNNING"])
     assert client.post(f"{HOST}/models/stop", json=ORDER).json["status"] == "STOPPED"
 
 

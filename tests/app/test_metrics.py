@@ -57,7 +57,7 @@ class Control:
             target=control.run, args=(dispatch, self._stopped), kwargs={"chores": chores}, daemon=True
         )
         self._thread.start()
-        until(lambda: value(self.text(), "gpu_control_leader"), 10)
+        until(lambda: value(self.text(), "gpu_control_leader"))
 
     def text(self, **headers: str) -> str:
         """What it shows."""
@@ -108,7 +108,7 @@ def test_control_counts_each_end_once_with_its_times_and_tokens(scraped, client,
     worker.begin(done)
     worker.finish(done)
     client.delete(f"{JOBS}/{cancelled}")
-    until(lambda: value(scraped.text(), "gpu_jobs_ended_total") == 2, 10)
+    until(lambda: value(scraped.text(), "gpu_jobs_ended_total") == 2)
 
     text = scraped.text()
     assert value(text, "gpu_jobs_ended_total", outcome="completed", **LLM) == 1
@@ -132,7 +132,7 @@ def test_control_shows_queues_workers_and_how_many_there_should_be(scraped, clie
     worker.store.set("discarded", 3)
     worker.store.set("forged", 2)
 
-    until(lambda: value(scraped.text(), "gpu_queue_jobs", **LLM) == 6, 10)
+    until(lambda: value(scraped.text(), "gpu_queue_jobs", **LLM) == 6)
 
     text = scraped.text()
     shown = {
@@ -167,23 +167,23 @@ def test_jobs_that_wait_for_their_turn_are_counted_among_those_that_wait(scraped
     assert len(worker.waiting()) == window
     # Two slots for each worker.
     shown = {"gpu_queue_jobs": window + 3, "gpu_desired_workers": 6}
-    until(lambda: {name: value(scraped.text(), name, **LLM) for name in shown} == shown, 10)
+    until(lambda: {name: value(scraped.text(), name, **LLM) for name in shown} == shown)
 
 
 def test_a_store_that_is_away_is_shown_as_down_at_once(scraped, client, valkey):
     client.post(JOBS, json=CHAT)
-    until(lambda: value(scraped.text(), "gpu_queue_jobs", **LLM) == 1, 10)
+    until(lambda: value(scraped.text(), "gpu_queue_jobs", **LLM) == 1)
 
     valkey.stop()
     began = time.monotonic()
-    until(lambda: value(scraped.text(), "gpu_region_up", part="store") == 0, 10)
+    until(lambda: value(scraped.text(), "gpu_region_up", part="store") == 0)
 
     assert time.monotonic() - began < 3 * READ_S + 2
     text = scraped.text()
     assert value(text, "gpu_queue_jobs") is None
     assert value(text, "gpu_database_up") == 1
     valkey.cont()
-    until(lambda: value(scraped.text(), "gpu_queue_jobs", **LLM) == 1, 20)
+    until(lambda: value(scraped.text(), "gpu_queue_jobs", **LLM) == 1)
 
 
 def test_only_the_leader_shows_the_platform(scraped, make_app, settings):
@@ -208,7 +208,7 @@ def test_once_there_are_keys_both_ports_ask_for_one_that_may_read(scraped, clien
     bearers = {scope: {"Authorization": f"Bearer {key}"} for scope, key in keys.items()} | {None: {}}
 
     # It looks for the first key every so often.
-    until(lambda: requests.get(scraped.url, timeout=5).status_code == 401, 10)
+    until(lambda: requests.get(scraped.url, timeout=5).status_code == 401)
 
     right = {Scope.READ: 200, Scope.ADMIN: 200, Scope.INFER: 403, None: 401}
     assert {who: client.get("/metrics", headers=sent).status_code for who, sent in bearers.items()} == right

@@ -256,7 +256,7 @@ def test_a_call_that_takes_too_long_is_not_sent_again_and_names_its_job(served):
     assert late.value.response.headers["x-should-retry"] == "false"
     row = served.platform.dispatch.look(late.value.response.headers["x-job-id"])
     assert len(served.platform.dispatch.rows.page(None, limit=100)) == before + 1
-    assert served.platform.ended(row, 10).status is JobState.TIMEOUT
+    assert served.platform.ended(row).status is JobState.TIMEOUT
 
 
 @pytest.mark.parametrize("how", ["whole", "stream"])
@@ -273,9 +273,9 @@ def test_a_client_that_hangs_up_cancels_its_job(served, how):
         connection.sendall(
             f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
         )
-        until(lambda: new() and served.platform.status(new()[0]) is JobState.RUNNING, 10)
+        until(lambda: new() and served.platform.status(new()[0]) is JobState.RUNNING)
 
-    until(lambda: served.platform.status(new()[0]) is JobState.CANCELLED, 10)
+    until(lambda: served.platform.status(new()[0]) is JobState.CANCELLED)
 
 
 def test_the_javascript_client_keeps_the_same_contract(served):

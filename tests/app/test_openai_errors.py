@@ -138,7 +138,7 @@ def test_a_model_that_nobody_knows_serves_or_has_loaded_yet(client, worker, monk
     worker.ledger.presence.beat(worker.id, replace(card, state=WorkerState.LOADING).encode(), [])
     asked = {**HELLO, "model": "echo"}
     # What the API knows of workers is up to a second old.
-    until(lambda: client.post(CHAT, json=asked).json["error"]["code"] != "no_worker", 5)
+    until(lambda: client.post(CHAT, json=asked).json["error"]["code"] != "no_worker")
     loading = client.post(CHAT, json=asked)
 
     refused(loading, 503, "model_loading")

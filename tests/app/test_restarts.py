@@ -28,7 +28,7 @@ def test_jobs_that_a_restarted_store_has_lost_are_sent_again(client, app, valkey
         reconciler.tick()
         return worker.waiting() == [lost]
 
-    until(waits, 10)
+    until(waits)
     shown = client.get(f"{JOBS}/{lost}").json
     assert (shown["status"], shown["attempt"]) == (("running", 2) if begun else ("queued", 1))
     assert client.get(f"{JOBS}/{kept}").json["attempt"] == 1

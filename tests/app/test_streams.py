@@ -145,7 +145,7 @@ def test_the_first_word_arrives_while_the_next_is_not_yet_said(url, worker, stat
 def test_whoever_comes_late_or_again_hears_every_word_once(url, client, worker, station, engine):
     job_id = client.post(JOBS, json=CHAT).json["job_id"]
     run(station, worker.next_job())
-    until(lambda: client.get(f"{JOBS}/{job_id}").json["progress"], 5)
+    until(lambda: client.get(f"{JOBS}/{job_id}").json["progress"])
     answer, events = follow(url, job_id)
     heard = [until_event(events, "status"), until_event(events, "token")]
     answer.close()
@@ -155,7 +155,7 @@ def test_whoever_comes_late_or_again_hears_every_word_once(url, client, worker, 
     answer.close()
     engine.go.release()
     engine.go.release()
-    until(lambda: client.get(f"{JOBS}/{job_id}").json["status"] == "completed", 5)
+    until(lambda: client.get(f"{JOBS}/{job_id}").json["status"] == "completed")
     # What was said before the end is kept a little longer than the job runs.
     rest = list(follow(url, job_id, heard[-1].id)[1])
 
@@ -267,7 +267,7 @@ def test_a_client_that_hangs_up_gives_its_turn_back_and_cancels_if_it_said_so(ur
     for answer in streams:
         answer.close()
     turns = app.extensions["sync_turns"]
-    until(lambda: turns._value == len(streams), 10)
+    until(lambda: turns._value == len(streams))
 
     status = "cancelled" if cancels else "queued"
     ids = [answer.headers["X-Job-Id"] for answer in streams]

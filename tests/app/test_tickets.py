@@ -68,7 +68,7 @@ def test_who_waits_for_a_job_is_not_told_a_forged_outcome(client, app, worker):
 
     forge(worker.ledger, job_id)
     reconciler = Reconciler(app.extensions["dispatch"])
-    until(lambda: reconciler.send_due() or worker.waiting() == [job_id], 10)
+    until(lambda: reconciler.send_due() or worker.waiting() == [job_id])
     complete(worker.ledger, job_id, 2, {"response": "the truth"})
     asking.join()
 

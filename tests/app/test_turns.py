@@ -106,7 +106,7 @@ def test_a_held_job_says_so_is_cancelled_and_expires(platform):
     assert platform.dispatch.placement.place(last, newest=True) == platform.dispatch.placement.place(last)
     assert platform.dispatch.statistics("asia-east").total_queued == WINDOW + 4
     assert platform.dispatch.cancel(rows[0]).status is JobState.CANCELLED
-    platform.until(lambda: platform.status(rows[3]) is JobState.TIMEOUT, 10)
+    platform.until(lambda: platform.status(rows[3]) is JobState.TIMEOUT)
     assert platform.row(rows[3]).error_code == "queue_timeout"
     assert platform.dispatch.placement.place(platform.row(rows[2])).position == WINDOW + 2
     assert held(platform) == 2
@@ -130,7 +130,7 @@ def test_what_is_held_is_not_sent_by_whoever_mends_and_survives_an_emptied_store
     valkey.flush()
     ledger = platform.dispatch.links["asia-east"].mailbox.ledger
     # As much as the window takes, entered anew or released.
-    platform.until(lambda: ledger.waiting(QUEUE, 0) >= WINDOW, 10)
+    platform.until(lambda: ledger.waiting(QUEUE, 0) >= WINDOW)
     platform.until(lambda: held(platform) >= 20 - WINDOW, 1)
     platform.start_worker()
 
@@ -147,7 +147,7 @@ def test_held_jobs_move_with_their_region_and_stay_held(platform):
 
     assert sorted(row.held_for or "" for row in moved) == [""] * WINDOW + [f"{to}.llm"] * 5
     platform.start_control()
-    platform.until(lambda: platform.dispatch.links[to].mailbox.ledger.waiting(f"{to}.llm", 0) >= WINDOW, 10)
+    platform.until(lambda: platform.dispatch.links[to].mailbox.ledger.waiting(f"{to}.llm", 0) >= WINDOW)
     assert held(platform) <= 5
 
 

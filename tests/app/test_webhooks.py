@@ -164,7 +164,7 @@ def test_an_account_that_fails_is_logged_without_the_words_of_what_it_choked_on(
     ends = Ends(app.extensions["dispatch"].rows, [choke])
     thread = threading.Thread(target=ends.run, args=(leads, stopped))
     thread.start()
-    until(lambda: "could not be handed on" in caplog.text, 10)
+    until(lambda: "could not be handed on" in caplog.text)
     stopped.set()
     thread.join()
 
@@ -452,7 +452,7 @@ def test_an_account_that_fails_leaves_the_ends_for_the_next_time(any_database_ur
 
 def test_an_attempt_of_a_process_that_died_is_made_again_and_a_frozen_webhook_holds_up_no_other(app, client, end_job):
     deliveries: Deliveries = app.extensions["deliveries"]
-    destinations = Destinations(LOOPBACK, http=True, timeout_s=1)
+    destinations = Destinations(LOOPBACK, http=True)
     ends = Ends(app.extensions["dispatch"].rows, [deliveries.enter])
     courier = Courier(deliveries, destinations, log_days=30)
     with receiving() as frozen, receiving() as well:
@@ -468,10 +468,10 @@ def test_an_attempt_of_a_process_that_died_is_made_again_and_a_frozen_webhook_ho
         thread = threading.Thread(target=courier.run, args=(leads, stopped))
         thread.start()
 
-        until(lambda: len(well.got) == 2, 10)
+        until(lambda: len(well.got) == 2)
         assert courier.outcomes[Outcome.RETRIED] == 0, "the frozen one was waited for"
         forward(app, 61)
-        until(lambda: len(well.got) == 3, 10)
+        until(lambda: len(well.got) == 3)
         assert len(set(well.ids())) == 3
         stopped.set()
         thread.join()

@@ -189,7 +189,7 @@ def _store_unfolded(scene: Scene, kind: str) -> None:
         while part is not None and time.monotonic() < end:
             if any(run.job == wish.id and run.end is not None for run in scene.runs()):
                 # The outcome is handed in just after the run has ended.
-                until(lambda: scene.store.client(1).exists(f"done:{wish.id}"), 5)
+                until(lambda: scene.store.client(1).exists(f"done:{wish.id}"))
                 break
             time.sleep(0.02)
         scene.store.client().flushall()

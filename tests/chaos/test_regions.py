@@ -42,7 +42,7 @@ def sites() -> Iterator[list[Site]]:
     servers = [subprocess.Popen([*site.inside, sys.executable, "-c", SAYS_ITS_NAME, site.region]) for site in made]
     try:
         for site in made:
-            until(lambda site=site: answers(site), 10)
+            until(lambda site=site: answers(site))
         yield made
     finally:
         regions.remove()
@@ -75,7 +75,7 @@ def test_a_region_whose_link_is_down_is_reached_from_inside_alone_until_it_is_up
     assert inside.stdout.strip() == "europe-west"
 
     europe.heal()
-    until(lambda: answers(europe), 10)
+    until(lambda: answers(europe))
 
 
 def test_what_a_killed_run_left_behind_is_removed_by_the_next(sites: list[Site]):

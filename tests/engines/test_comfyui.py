@@ -233,7 +233,7 @@ def test_a_cancelled_workflow_stops_and_others_prompts_go_on(
         # Running.
         stop = Stop()
         job = background.submit(run, engine, blurred(80, 1), stop)
-        until(server.running, 10)
+        until(server.running)
         ours = server.running()
         other = server.post("/prompt", prompt=blurred(3, 2)).json()["prompt_id"]
         stop.now.set()
@@ -246,10 +246,10 @@ def test_a_cancelled_workflow_stops_and_others_prompts_go_on(
 
         # Waiting.
         other = server.post("/prompt", prompt=blurred(12, 3)).json()["prompt_id"]
-        until(server.running, 10)
+        until(server.running)
         stop = Stop(JobTimedOut("late"))
         job = background.submit(run, engine, blurred(2, 4), stop)
-        until(server.waiting, 10)
+        until(server.waiting)
         ours = server.waiting()
         stop.now.set()
         with pytest.raises(JobTimedOut):
@@ -267,9 +267,9 @@ def test_who_is_stopped_in_comfyui_itself_fails_and_says_so(
     engine: Any, server: ComfyUi, background: ThreadPoolExecutor
 ) -> None:
     first = background.submit(run, engine, blurred(80, next(COLORS)))
-    until(server.running, 10)
+    until(server.running)
     second = background.submit(run, engine, blurred(2, next(COLORS)))
-    until(server.waiting, 10)
+    until(server.waiting)
 
     server.post("/queue", delete=server.waiting())
     server.post("/interrupt")
@@ -288,7 +288,7 @@ def test_who_is_stopped_in_comfyui_itself_fails_and_says_so(
 def test_a_lost_socket_does_not_lose_the_job(engine: Any, server: ComfyUi, background: ThreadPoolExecutor) -> None:
     stop = Stop()
     job = background.submit(run, engine, blurred(20, next(COLORS)), stop)
-    until(lambda: stop.heard and stop.heard[-1].done, 10)
+    until(lambda: stop.heard and stop.heard[-1].done)
 
     server.post("/stand_in/cut")
 
@@ -301,7 +301,7 @@ def test_a_server_that_dies_under_a_job_breaks_the_engine(
 ) -> None:
     server, engine = fragile
     job = background.submit(run, engine, blurred(80, 1))
-    until(server.running, 10)
+    until(server.running)
 
     server.kill()
 
@@ -316,7 +316,7 @@ def test_a_server_that_was_started_again_meanwhile_breaks_the_engine_too(
     engine: Any, server: ComfyUi, background: ThreadPoolExecutor
 ) -> None:
     job = background.submit(run, engine, blurred(20, next(COLORS)))
-    until(server.running, 10)
+    until(server.running)
 
     server.post("/stand_in/forget")
 
@@ -337,7 +337,7 @@ def test_a_closed_engine_withdraws_what_runs_and_takes_nothing_more(
 ) -> None:
     server, engine = fragile
     job = background.submit(run, engine, blurred(80, 1))
-    until(server.running, 10)
+    until(server.running)
 
     engine.close()
     engine.close()

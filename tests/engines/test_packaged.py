@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -156,7 +157,6 @@ def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
 
 
 def test_the_command_answers_at_once_when_the_model_is_there(smollm2: Path) -> None:
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "engines.packaged", SMOLLM2],
         capture_output=True,
@@ -164,7 +164,7 @@ def test_the_command_answers_at_once_when_the_model_is_there(smollm2: Path) -> N
         check=True,
     )
 
-    assert time.monotonic() - start < 2
+    assert not re.search(r"\| +torch$", done.stderr, re.MULTILINE)
     assert f"{SMOLLM2} is there: {smollm2}" in done.stderr
     assert "torch" not in done.stderr.replace(str(smollm2), "")
 

@@ -27,7 +27,7 @@ from engines.triton import engine as triton
 from tests.gpu_admin.triton_server import CANCELLED, TritonServer, write_model
 from tests.rig import free_port, until
 
-HEARD_S = 10
+HEARD_S = 45
 
 #: Gives back what it is given, of every type; ORDER says otherwise.
 EVERY = """

@@ -26,7 +26,7 @@ class Record(ABC):
 
     def __enter__(self) -> Self:
         self._thread.start()
-        until(self._on.is_set, 5)
+        until(self._on.is_set)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

@@ -44,27 +44,27 @@ def test_a_flood_of_one_type_leaves_the_other_its_slots(platform):
     # Two queues of one type: each may have sent as many as there are slots, and what is too much went back.
     platform.until(lambda: waiting(platform) == 36, 30)
     # A message that a busy broker confirmed too late is there twice.
-    platform.until(lambda: sum(depths(platform).values()) >= 36, 10)
+    platform.until(lambda: sum(depths(platform).values()) >= 36)
 
-    other = platform.ended(platform.submit("now", job_type=JobType.EMBEDDING), 5)
+    other = platform.ended(platform.submit("now", job_type=JobType.EMBEDDING))
     assert (other.status, other.worker_id) == (JobState.COMPLETED, worker.id)
     assert waiting(platform) == 36
 
     running = next(row for row in flood if platform.status(row) is JobState.RUNNING)
     platform.dispatch.cancel(running)
-    platform.until(lambda: waiting(platform) == 35, 10)
+    platform.until(lambda: waiting(platform) == 35)
     assert worker.process.poll() is None
 
 
 def test_two_types_and_two_queues_of_one_take_turns_for_the_last_slot(platform):
     worker = platform.start_worker(queues=BOTH, GPU_MAX_CONCURRENT_JOBS="1", **ECHO)
     first = platform.submit("sleep 1.5")
-    platform.until(lambda: platform.status(first) is JobState.RUNNING, 10)
+    platform.until(lambda: platform.status(first) is JobState.RUNNING)
 
     rows = {f"chat {n}": platform.submit("sleep 0.05") for n in range(6)}
     rows |= {f"pinned {n}": platform.submit("sleep 0.05", allow_cross_region=False) for n in range(6)}
     rows |= {f"vector {n}": platform.submit("sleep 0.05", job_type=JobType.EMBEDDING) for n in range(6)}
-    platform.until(lambda: depths(platform) == {QUEUE: 6, PINNED: 6, VECTORS: 6}, 5)
+    platform.until(lambda: depths(platform) == {QUEUE: 6, PINNED: 6, VECTORS: 6})
     done = order(platform, worker, rows)
 
     for kind in ("chat", "pinned", "vector"):
@@ -77,9 +77,9 @@ def test_two_types_and_two_queues_of_one_take_turns_for_the_last_slot(platform):
 def test_a_full_worker_leaves_what_is_too_much_to_one_that_comes(platform):
     platform.start_worker(GPU_MAX_CONCURRENT_JOBS="2")
     flood = [platform.submit("sleep 20") for _ in range(4)]
-    platform.until(lambda: depths(platform)[QUEUE] == 2, 10)
+    platform.until(lambda: depths(platform)[QUEUE] == 2)
 
     other = platform.start_worker(GPU_MAX_CONCURRENT_JOBS="2")
 
-    platform.until(lambda: depths(platform)[QUEUE] == 0, 10)
-    platform.until(lambda: sum(platform.row(row).worker_id == other.id for row in flood) == 2, 10)
+    platform.until(lambda: depths(platform)[QUEUE] == 0)
+    platform.until(lambda: sum(platform.row(row).worker_id == other.id for row in flood) == 2)

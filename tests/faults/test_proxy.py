@@ -79,7 +79,7 @@ def test_it_carries_both_ways_and_forgets_who_left(proxy):
         assert proxy.connections == 2
 
     assert received == data
-    until(lambda: proxy.connections == 0, 5)
+    until(lambda: proxy.connections == 0)
 
 
 def test_a_delay_counts_each_way_and_a_limit_by_the_byte(proxy):

@@ -11,7 +11,7 @@ from app import control
 from engines.catalogue import JobType
 from tasks.job import Job, JobState
 from tasks.publisher import BrokerError, Publisher
-from tests.rig import READY_S, Platform
+from tests.rig import BUSY_S, READY_S, Platform
 from tests.servers import CONSUMER_TIMEOUT_S, RabbitMq
 
 QUEUE = "asia-east.llm"
@@ -49,7 +49,7 @@ def test_free_pinned_and_named_jobs_wait_in_queues_of_their_own_and_one_worker_c
     assert platform.dispatch.check() == dict.fromkeys(platform.dispatch.links)
 
     worker = platform.start_worker()
-    rows = [platform.ended(row, 10) for row in (free, pinned, named)]
+    rows = [platform.ended(row) for row in (free, pinned, named)]
 
     assert [(row.status, row.worker_id, row.attempt) for row in rows] == [(JobState.COMPLETED, worker.id, 1)] * 3
     assert depths(platform) == {QUEUE: 0, PINNED: 0}
@@ -58,7 +58,7 @@ def test_free_pinned_and_named_jobs_wait_in_queues_of_their_own_and_one_worker_c
 def test_an_urgent_job_overtakes_a_hundred_and_equal_ones_keep_their_order(platform):
     worker = platform.start_worker(GPU_MAX_CONCURRENT_JOBS="1")
     first = platform.submit("sleep 60")
-    platform.until(lambda: platform.status(first) is JobState.RUNNING, 10)
+    platform.until(lambda: platform.status(first) is JobState.RUNNING)
 
     rows = [platform.submit(f"low {n}") for n in range(100)]
     urgent = platform.submit("urgent", priority=9)
@@ -75,7 +75,7 @@ def test_a_killed_workers_job_completes_on_another_and_only_once(platform):
     workers = [platform.start_worker(wait=False) for _ in range(2)]
     platform.until(lambda: all(worker.id for worker in workers), READY_S)
     row = platform.submit("sleep 1.5")
-    platform.until(lambda: platform.status(row) is JobState.RUNNING, 10)
+    platform.until(lambda: platform.status(row) is JobState.RUNNING)
     victim, other = sorted(workers, key=lambda worker: worker.id != platform.row(row).worker_id)
 
     # RabbitMQ hands its message to the other worker at once, long before the lease says that the first one is dead.
@@ -89,13 +89,13 @@ def test_a_killed_workers_job_completes_on_another_and_only_once(platform):
 
 def test_a_job_submitted_while_the_broker_is_frozen_is_held_and_runs_when_it_is_back(platform, rabbitmq):
     platform.start_worker()
-    platform.ended(platform.submit("warm"), 10)
+    platform.ended(platform.submit("warm"))
     rabbitmq.freeze()
 
     began = time.monotonic()
     row = platform.submit("held")
     took = time.monotonic() - began
-    assert took < 2
+    assert took < 2 + BUSY_S
     assert platform.status(row) is JobState.QUEUED
 
     rabbitmq.thaw()
@@ -105,13 +105,13 @@ def test_a_job_submitted_while_the_broker_is_frozen_is_held_and_runs_when_it_is_
 def test_a_broker_that_is_killed_keeps_what_it_has_and_what_is_submitted_meanwhile_is_held(platform, rabbitmq):
     worker = platform.start_worker(GPU_MAX_CONCURRENT_JOBS="1")
     running = platform.submit("sleep 2")
-    platform.until(lambda: platform.status(running) is JobState.RUNNING, 10)
+    platform.until(lambda: platform.status(running) is JobState.RUNNING)
     waiting = [platform.submit(f"waiting {n}") for n in range(10)]
     rabbitmq.kill()
 
     began = time.monotonic()
     held = platform.submit("held")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 2 + BUSY_S
 
     rabbitmq.start()
     rows = [platform.ended(row, 30) for row in (running, *waiting, held)]
@@ -125,7 +125,7 @@ def test_a_job_longer_than_rabbitmq_waits_for_its_message_runs_once_and_its_work
 
     # The message comes back, to the same worker, while its job runs.
     platform.until(lambda: f"{long.id} attempt 1 is not run: busy" in worker.log.read_text(), CONSUMER_TIMEOUT_S + 5)
-    long = platform.ended(long, 10)
+    long = platform.ended(long)
     after = platform.ended(platform.submit("after"), 30)
 
     assert [(row.status, row.attempt, row.worker_id) for row in (long, after)] == [
@@ -142,7 +142,7 @@ def test_jobs_whose_messages_are_lost_are_found_by_comparing_depths_and_sent_aga
     monkeypatch.setattr(control, "COMPARE_EVERY_S", 0.5)
     monkeypatch.setattr(control, "RESEND_FIRST_S", 1.0)
     rows = [platform.submit(f"number {n}", allow_cross_region=n % 2 == 0) for n in range(10)]
-    platform.until(lambda: depths(platform) == {QUEUE: 5, PINNED: 5}, 5)
+    platform.until(lambda: depths(platform) == {QUEUE: 5, PINNED: 5})
 
     rabbitmq.empty([QUEUE, PINNED])
     platform.until(lambda: depths(platform) == {QUEUE: 5, PINNED: 5}, 15)
@@ -159,7 +159,7 @@ def test_an_unconfirmed_message_is_an_error_after_a_second(publisher, rabbitmq):
         began = time.monotonic()
         with pytest.raises(BrokerError):
             send(publisher)
-        assert time.monotonic() - began < 1.5
+        assert time.monotonic() - began < 1.5 + BUSY_S
 
 
 def test_many_at_once_wait_for_a_frozen_broker_no_longer_than_one(publisher, rabbitmq):
@@ -179,7 +179,7 @@ def test_many_at_once_wait_for_a_frozen_broker_no_longer_than_one(publisher, rab
         thread.join()
 
     assert len(took) == 64
-    assert max(took) < 2
+    assert max(took) < 2 + BUSY_S
 
 
 def test_a_message_after_a_restart_or_to_a_queue_that_was_removed_is_sent_at_once(publisher, rabbitmq):

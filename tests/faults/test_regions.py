@@ -11,6 +11,7 @@ from app import reroute
 from app.job_table import JobRow
 from tasks.job import JobState
 from tests.faults.world import AMERICA, ANSWER_S, EUROPE, REGIONS, UNHURT_S, Traffic, World, opened
+from tests.rig import BUSY_S
 
 #: How long a fault lasts.
 FAULT_S = 2.0
@@ -41,18 +42,18 @@ def check(world: World, traffic: Traffic, hurt: str) -> list[JobRow]:
     pinned = [row for row in everything if not row.allow_cross_region]
     assert [row for row in pinned if row.region != row.region_wanted] == []
     assert world.traces(pinned) == []
-    assert traffic.slowest_s[hurt] < 2 * ANSWER_S
+    assert traffic.slowest_s[hurt] < 2 * ANSWER_S + BUSY_S
     for region in set(REGIONS) - {hurt}:
-        assert traffic.slowest_s[region] < ANSWER_S
+        assert traffic.slowest_s[region] < ANSWER_S + BUSY_S
         assert {row.region for row in ended[region]} == {region}
-        assert max(row.completed_at - row.created_at for row in ended[region]) < UNHURT_S
+        assert max(row.completed_at - row.created_at for row in ended[region]) < UNHURT_S + BUSY_S
     return everything
 
 
 def begin(world: World, seconds: float, *, pinned: bool = True) -> JobRow:
     """A job that runs in europe-west now, and for so long."""
     row = world.platform.submit(f"sleep {seconds}", region=EUROPE, allow_cross_region=not pinned)
-    world.platform.until(lambda: world.platform.status(row) is JobState.RUNNING, 10)
+    world.platform.until(lambda: world.platform.status(row) is JobState.RUNNING)
     return row
 
 
@@ -69,7 +70,7 @@ def test_jobs_run_at_home_on_brokers_of_both_kinds_and_pinned_ones_leave_no_trac
             (JobState.COMPLETED, region, world.workers[region].id)
         }
         # The recordings do hear what goes on where it should.
-        world.platform.until(lambda rows=rows, region=region: all_heard(world, region, rows), 5)
+        world.platform.until(lambda rows=rows, region=region: all_heard(world, region, rows))
     everything = [row for rows in ended.values() for row in rows]
     assert world.traces(everything) == []
     world.ran_once(everything)
@@ -117,10 +118,10 @@ def test_a_region_whose_link_is_cut_works_on_and_only_what_may_leave_it_is_run_e
         link.cut()
         held = world.platform.submit("held", region=EUROPE, allow_cross_region=False)
         # The pinned one ends there while nobody can see it; the other is begun again where it can be reached.
-        world.platform.until(lambda: world.completions()[pinned.id] == 1, 10)
+        world.platform.until(lambda: world.completions()[pinned.id] == 1)
         world.platform.until(lambda: world.platform.row(free).region != EUROPE, 15)
         elsewhere = world.platform.submit("anywhere", region=EUROPE)
-        world.platform.ended(elsewhere, 5)
+        world.platform.ended(elsewhere)
         assert world.platform.status(pinned) is JobState.RUNNING
         assert world.platform.status(held) is JobState.QUEUED
         assert "cannot be reached" in str(world.platform.dispatch.placement.place(world.platform.row(held)).reason)

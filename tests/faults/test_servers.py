@@ -11,20 +11,20 @@ import pytest
 from app.dispatch import Unavailable
 from engines.catalogue import JobType
 from tasks.job import JobState
-from tests.rig import READY_S
+from tests.rig import BUSY_S, READY_S
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def test_a_job_submitted_while_the_broker_is_frozen_is_held_and_runs_when_it_is_back(platform, valkey):
     platform.start_worker()
-    platform.ended(platform.submit("warm"), 10)
+    platform.ended(platform.submit("warm"))
     valkey.stop()
 
     began = time.monotonic()
     row = platform.submit("held")
     took = time.monotonic() - began
-    assert took < 2
+    assert took < 2 + BUSY_S
     assert platform.status(row) is JobState.QUEUED
     assert platform.dispatch.placement.place(row).reason.startswith("Region asia-east cannot be reached")
 
@@ -35,12 +35,12 @@ def test_a_job_submitted_while_the_broker_is_frozen_is_held_and_runs_when_it_is_
 
 def test_a_job_submitted_while_the_broker_is_gone_is_held_and_runs_when_it_is_back(platform, valkey):
     platform.start_worker()
-    platform.ended(platform.submit("warm"), 10)
+    platform.ended(platform.submit("warm"))
     valkey.kill()
 
     began = time.monotonic()
     row = platform.submit("held")
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 2 + BUSY_S
 
     valkey.start()
     row = platform.ended(row, 30)
@@ -54,7 +54,7 @@ def test_a_job_that_must_be_sent_is_refused_at_once_and_leaves_nothing_behind(pl
     began = time.monotonic()
     with pytest.raises(Unavailable) as refused:
         platform.submit("now or never", must_send=True)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 2 + BUSY_S
     assert refused.value.retry_after_s > 0
     assert platform.dispatch.rows.page("tester") == []
 
@@ -64,14 +64,14 @@ def test_a_job_that_must_be_sent_is_refused_at_once_and_leaves_nothing_behind(pl
     after = platform.ended(platform.submit("after"), 20)
     assert after.status is JobState.COMPLETED
     assert worker.log.read_text().count("completed after") == 1
-    platform.until(lambda: platform.dispatch.statistics(None).total_queued == 0, 10)
-    platform.until(lambda: _count_rows(platform) == 1, 10)
+    platform.until(lambda: platform.dispatch.statistics(None).total_queued == 0)
+    platform.until(lambda: _count_rows(platform) == 1)
 
 
 def test_a_store_that_comes_back_empty_loses_no_queued_and_no_running_job(platform, valkey):
     platform.start_worker(GPU_MAX_CONCURRENT_JOBS="1")
     running = platform.submit("sleep 3")
-    platform.until(lambda: platform.status(running) is JobState.RUNNING, 10)
+    platform.until(lambda: platform.status(running) is JobState.RUNNING)
     queued = [platform.submit(f"number {n}") for n in range(20)]
 
     valkey.flush()
@@ -84,10 +84,10 @@ def test_a_store_that_comes_back_empty_loses_no_queued_and_no_running_job(platfo
 def test_a_worker_outlives_a_server_that_goes_away_while_it_runs_a_job(platform, valkey):
     worker = platform.start_worker()
     row = platform.submit("sleep 4")
-    platform.until(lambda: platform.status(row) is JobState.RUNNING, 10)
+    platform.until(lambda: platform.status(row) is JobState.RUNNING)
 
     valkey.kill()
-    platform.until(lambda: "beat missed" in worker.log.read_text(), 10)
+    platform.until(lambda: "beat missed" in worker.log.read_text())
     valkey.start()
     row = platform.ended(row, 40)
     after = platform.ended(platform.submit("after"), 20)
@@ -99,7 +99,7 @@ def test_a_worker_outlives_a_server_that_goes_away_while_it_runs_a_job(platform,
 
 def test_a_broker_that_comes_back_empty_loses_no_queued_job(platform, valkey):
     rows = [platform.submit(f"number {n}") for n in range(10)]
-    platform.until(lambda: valkey.client(0).dbsize() > 0, 5)
+    platform.until(lambda: valkey.client(0).dbsize() > 0)
 
     # The store keeps what it has, so nothing but the missing messages can be the evidence.
     valkey.client(0).flushdb()
@@ -141,7 +141,7 @@ Dies(rows, links, "asia-east", Blobs(tempfile.gettempdir()), Tickets(engine)).su
     assert died.returncode == -signal.SIGKILL
     job_id = died.stdout.decode().strip()
 
-    row = platform.ended(platform.dispatch.rows.get(job_id), 10)
+    row = platform.ended(platform.dispatch.rows.get(job_id))
 
     assert row.status is JobState.COMPLETED
 
@@ -150,7 +150,7 @@ def test_nothing_needs_the_reconciler_while_nothing_breaks(platform):
     platform.stop_control()
     platform.start_worker()
 
-    row = platform.ended(platform.submit("alone"), 10)
+    row = platform.ended(platform.submit("alone"))
 
     assert row.status is JobState.COMPLETED
 
@@ -179,36 +179,36 @@ def test_two_reconcilers_change_nothing_twice(platform):
 
 
 def test_a_job_nobody_takes_times_out_of_its_queue(platform):
-    row = platform.ended(platform.submit("too late", queue_timeout_seconds=0.5), 5)
+    row = platform.ended(platform.submit("too late", queue_timeout_seconds=0.5))
 
     assert (row.status, row.error_code) == (JobState.TIMEOUT, "queue_timeout")
     platform.start_worker()
-    platform.ended(platform.submit("after"), 10)
+    platform.ended(platform.submit("after"))
     assert platform.row(row).status is JobState.TIMEOUT
 
 
 def test_a_job_that_runs_too_long_times_out(platform):
     platform.start_worker()
 
-    row = platform.ended(platform.submit("sleep 30", timeout_seconds=1), 10)
+    row = platform.ended(platform.submit("sleep 30", timeout_seconds=1))
 
     assert (row.status, row.error_code) == (JobState.TIMEOUT, "run_timeout")
-    assert row.completed_at - row.started_at < 3
+    assert row.completed_at - row.started_at < 3 + BUSY_S
 
 
 def test_a_cancelled_job_stops_at_once_and_one_that_waits_is_never_run(platform):
     worker = platform.start_worker(GPU_MAX_CONCURRENT_JOBS="1")
     running = platform.submit("sleep 30")
-    platform.until(lambda: platform.status(running) is JobState.RUNNING, 10)
+    platform.until(lambda: platform.status(running) is JobState.RUNNING)
     waiting = platform.submit("never")
 
     assert platform.dispatch.cancel(waiting).status is JobState.CANCELLED
     assert platform.dispatch.cancel(running).status is JobState.CANCELLED
     began = time.monotonic()
-    after = platform.ended(platform.submit("after"), 10)
+    after = platform.ended(platform.submit("after"))
 
     assert after.status is JobState.COMPLETED
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 2 + BUSY_S
     assert f"{waiting.id} attempt 1: completed" not in worker.log.read_text()
     assert platform.dispatch.statistics(None).by_type[JobType.LLM] == 0
 
@@ -216,7 +216,7 @@ def test_a_cancelled_job_stops_at_once_and_one_that_waits_is_never_run(platform)
 def test_a_cancel_while_the_store_is_away_frees_the_worker_when_it_is_back(platform, valkey):
     worker = platform.start_worker(GPU_MAX_CONCURRENT_JOBS="1")
     running = platform.submit("sleep 30")
-    platform.until(lambda: platform.status(running) is JobState.RUNNING, 10)
+    platform.until(lambda: platform.status(running) is JobState.RUNNING)
     valkey.stop()
 
     assert platform.dispatch.cancel(running).status is JobState.CANCELLED
@@ -228,7 +228,7 @@ def test_a_cancel_while_the_store_is_away_frees_the_worker_when_it_is_back(platf
 def test_urgent_jobs_overtake_and_equal_ones_keep_their_order(platform):
     hold = platform.start_worker(GPU_MAX_CONCURRENT_JOBS="1", queues="asia-east.llm")
     first = platform.submit("sleep 60")
-    platform.until(lambda: platform.status(first) is JobState.RUNNING, 10)
+    platform.until(lambda: platform.status(first) is JobState.RUNNING)
     link = platform.dispatch.links["asia-east"]
 
     rows = [platform.submit(f"low {n}") for n in range(100)]
@@ -241,7 +241,7 @@ def test_urgent_jobs_overtake_and_equal_ones_keep_their_order(platform):
         platform.ended(row, 30)
 
     # An outcome is handed in just before its line is written.
-    platform.until(lambda: hold.log.read_text().count(" attempt 1: completed") == 101, 10)
+    platform.until(lambda: hold.log.read_text().count(" attempt 1: completed") == 101)
     text = hold.log.read_text()
     order = sorted([*rows, urgent], key=lambda row: text.index(f"{row.id} attempt 1: completed"))
     assert order[0].id == urgent.id
@@ -251,7 +251,7 @@ def test_urgent_jobs_overtake_and_equal_ones_keep_their_order(platform):
 def test_a_worker_of_several_queues_takes_the_most_urgent_of_all_of_them_first(platform):
     worker = platform.start_worker(GPU_MAX_CONCURRENT_JOBS="1")
     first = platform.submit("sleep 2")
-    platform.until(lambda: platform.status(first) is JobState.RUNNING, 10)
+    platform.until(lambda: platform.status(first) is JobState.RUNNING)
 
     # Those that may not leave the region have a queue of their own, which the worker serves too.
     sent = [
@@ -272,7 +272,7 @@ def test_a_worker_of_several_queues_takes_the_most_urgent_of_all_of_them_first(p
 
 def test_the_row_of_a_job_that_ended_is_never_changed_again(platform):
     platform.start_worker()
-    row = platform.ended(platform.submit("done"), 10)
+    row = platform.ended(platform.submit("done"))
     rows = platform.dispatch.rows
 
     assert rows.cancel(row.id) is None

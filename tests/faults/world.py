@@ -36,7 +36,7 @@ from tests.servers import RabbitMq
 ASIA, EUROPE, AMERICA = REGIONS = ("asia-east", "europe-west", "america-north")
 #: No submit to a region that is well takes longer, whatever is broken elsewhere; to a broken one, twice that.
 ANSWER_S = 1.5
-#: A job of a region that is well ends within this, whatever is broken elsewhere: a bound, on a machine that is busy.
+#: A job of a region that is well ends within this, whatever is broken elsewhere.
 UNHURT_S = 5.0
 #: A job whose region was broken ends this long after it is well again.
 MENDED_S = 30.0
@@ -82,7 +82,7 @@ class World:
         """Fails unless every job was completed once by all workers together."""
         again = {row.id for row in may_run_again}
         # An outcome is handed in just before its line is written.
-        until(lambda: {row.id for row in rows} <= self.completions().keys(), 5)
+        until(lambda: {row.id for row in rows} <= self.completions().keys())
         done = self.completions()
         assert [
             (row.id, row.region_wanted, done[row.id]) for row in rows if done[row.id] > 1 and row.id not in again

@@ -26,7 +26,7 @@ from docker.errors import DockerException
 from tests.gpu_admin import triton_server
 
 IMAGE = "tests/tritonserver:25.04-py3"
-STARTED_S = 20
+STARTED_S = 60
 STOPPED_S = 20
 #: What neither the server nor its Python backend reads.
 _NOT_NEEDED = re.compile(

@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,8 +108,8 @@ class NvmlStub:
         for where, code in (fail or {}).items():
             function, gpu = (where, -1) if isinstance(where, str) else where
             lines.append(f"fail {function} {gpu} {code}")
-        # Other processes may be reading it.
-        new = self.state.with_name(f"{self.state.name}.new")
+        # Others may be reading it, or writing it too.
+        new = self.state.with_name(f"{self.state.name}.{threading.get_ident()}")
         new.write_text("".join(f"{line}\n" for line in lines))
         new.replace(self.state)
 

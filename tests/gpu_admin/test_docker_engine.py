@@ -22,7 +22,7 @@ from tests.gpu_admin.docker_engine import DockerEngine
 from tests.gpu_admin.fake_docker import FakeDocker
 from tests.rig import free_port, until
 
-READY_S = 20
+READY_S = 60
 
 
 @dataclass(frozen=True)

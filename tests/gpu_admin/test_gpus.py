@@ -235,7 +235,7 @@ def test_a_driver_that_hangs_is_told_at_once_and_found_when_it_is_back(nvml: Nvm
         except HostError:
             return False
 
-    until(works, 10)
+    until(works)
 
 
 def test_a_process_forked_while_the_driver_hangs_can_ask(nvml: NvmlStub, tmp_path: Path) -> None:

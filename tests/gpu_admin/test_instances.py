@@ -60,7 +60,7 @@ def _next(runner: Runner, folder: Path) -> Instances:
 def _up(instances: Instances, model_name: str = "small", gpu_id: int = 0) -> int:
     """Start a model; its process once it runs."""
     instances.start(model_name, gpu_id, {})
-    until(lambda: _order(instances, model_name)["phase"] == "up", 10)
+    until(lambda: _order(instances, model_name)["phase"] == "up")
     pid = instances.of(model_name)[0].seen.pid
     assert pid is not None
     return pid
@@ -83,7 +83,7 @@ def test_threads_that_start_it_at_once_start_one(instances: Instances, runner: R
         answers = list(pool.map(lambda _: instances.start("small", 0, {}).seen.status, range(8)))
 
     assert set(answers) <= {STARTING, RUNNING}
-    until(lambda: [one.seen.status for one in instances.all()] == [RUNNING], 10)
+    until(lambda: [one.seen.status for one in instances.all()] == [RUNNING])
     assert runner.events("spawned") == ["spawned small@0"]
 
 
@@ -125,7 +125,7 @@ def test_of_two_configs_at_once_one_is_refused(
 def test_an_order_that_somebody_works_on_is_left_to_them(instances: Instances, runner: Runner) -> None:
     gate = _gate(runner, "small")
     instances.start("small", 0, {})
-    until(lambda: runner.events("spawned"), 10)
+    until(lambda: runner.events("spawned"))
     with Orders(instances._folder).changing() as orders:
         orders["unstated@0"] = Order("sleepers", Wanted("unstated", (0,)))
 
@@ -133,7 +133,7 @@ def test_an_order_that_somebody_works_on_is_left_to_them(instances: Instances, r
     other.watch()
 
     # It looks at them in their order.
-    until(lambda: _order(instances, "unstated")["phase"] == "up", 10)
+    until(lambda: _order(instances, "unstated")["phase"] == "up")
     other.close()
     assert runner.events("entered") == ["entered small@0", "entered unstated@0"]
     gate.unlink()
@@ -193,20 +193,20 @@ def test_a_failure_is_kept_with_its_log_and_tried_again_when_asked(
     instances: Instances, runner: Runner, model_name: str, reason: str, log: tuple[str, ...]
 ) -> None:
     instances.start(model_name, 0, {})
-    until(lambda: instances.all()[0].seen.status is ERROR, 10)
+    until(lambda: instances.all()[0].seen.status is ERROR)
 
     # Another process knows it, too.
     (failed,) = _next(runner, instances._folder).of(model_name)
     assert (failed.seen.reason, failed.log) == (reason, log)
     assert instances.start(model_name, 0, {}).seen.status is STARTING
-    until(lambda: instances.all()[0].seen.status is ERROR, 10)
+    until(lambda: instances.all()[0].seen.status is ERROR)
     assert instances.stop(model_name, 0).seen.status is STOPPED
 
 
 def test_a_stop_lets_a_start_in_another_process_go(instances: Instances, runner: Runner) -> None:
     _gate(runner, "small")
     instances.start("small", 0, {})
-    until(lambda: instances.pids(), 10)
+    until(lambda: instances.pids())
     (pid,) = instances.pids()
 
     stopped = _next(runner, instances._folder).stop("small", 0)
@@ -221,7 +221,7 @@ def test_a_stop_lets_a_start_in_another_process_go(instances: Instances, runner:
 def test_what_a_closed_process_was_starting_is_taken_up(instances: Instances, runner: Runner) -> None:
     gate = _gate(runner, "small")
     instances.start("small", 0, {})
-    until(lambda: instances.pids(), 10)
+    until(lambda: instances.pids())
     instances.close()
     assert _order(instances, "small")["phase"] == "starting"
     gate.unlink()
@@ -229,7 +229,7 @@ def test_what_a_closed_process_was_starting_is_taken_up(instances: Instances, ru
     after = _next(runner, instances._folder)
     after.watch()
     after.watch()
-    until(lambda: _order(instances, "small")["phase"] == "up", 10)
+    until(lambda: _order(instances, "small")["phase"] == "up")
     after.close()
 
     assert runner.events("spawned") == ["spawned small@0"]
@@ -248,7 +248,7 @@ def test_what_cannot_be_stopped_stays_to_be_stopped(instances: Instances, runner
         instances.start("small", 0, {})
 
     (runner.folder / "away").unlink()
-    until(lambda: instances.all() == [], 10)
+    until(lambda: instances.all() == [])
     assert instances.pids() == frozenset()
 
 
@@ -261,16 +261,16 @@ def test_after_a_reboot_a_start_waits_a_while_for_what_it_needs(
     with Orders(instances._folder).changing() as orders:
         orders["small@0"] = Order("sleepers", Wanted("small", (0,)), phase=Phase.UP, boot_id="the run before")
     instances.watch()
-    until(lambda: instances.all()[0].seen.reason == "The engine is away.", 10)
+    until(lambda: instances.all()[0].seen.reason == "The engine is away.")
     assert instances.all()[0].seen.status is STARTING
 
     if comes_back:
         away.unlink()
-        until(lambda: instances.all()[0].seen.status is RUNNING, 10)
-        until(lambda: _order(instances, "small")["reason"] is None, 10)
+        until(lambda: instances.all()[0].seen.status is RUNNING)
+        until(lambda: _order(instances, "small")["reason"] is None)
     else:
         monkeypatch.setattr("gpu_admin.keeper.AWAY_S", 0)
-        until(lambda: instances.all()[0].seen.status is ERROR, 10)
+        until(lambda: instances.all()[0].seen.status is ERROR)
         assert instances.all()[0].seen.reason == "The engine did not make it."
 
 
@@ -281,7 +281,7 @@ def test_a_crash_is_written_down_with_its_log_and_nothing_starts_by_itself(
     instances.watch()
     os.kill(pid, signal.SIGKILL)
 
-    until(lambda: _order(instances, "small")["phase"] == "failed", 10)
+    until(lambda: _order(instances, "small")["phase"] == "failed")
 
     (gone,) = instances.all()
     assert gone.seen.status is ERROR
@@ -295,25 +295,25 @@ def test_a_model_that_comes_back_is_up_again(instances: Instances, runner: Runne
     pid_file = runner.folder / "small@0.pid"
     pid_file.rename(runner.folder / "aside")
     instances.watch()
-    until(lambda: _order(instances, "small")["phase"] == "failed", 10)
+    until(lambda: _order(instances, "small")["phase"] == "failed")
 
     (runner.folder / "aside").rename(pid_file)
 
-    until(lambda: _order(instances, "small")["phase"] == "up", 10)
+    until(lambda: _order(instances, "small")["phase"] == "up")
     assert [(one.seen.status, one.seen.pid) for one in instances.all()] == [(RUNNING, pid)]
 
 
 def test_what_ran_before_the_host_was_restarted_is_started_again(instances: Instances, runner: Runner) -> None:
     os.kill(_up(instances), signal.SIGKILL)
-    until(lambda: instances.all()[0].seen.status is ERROR, 10)
+    until(lambda: instances.all()[0].seen.status is ERROR)
     path = instances._folder / "wanted.json"
     order = _order(instances, "small")
     whole_file.write(path, path.read_text().replace(str(order["boot_id"]), "the run before"))
 
     instances.watch()
 
-    until(lambda: instances.all()[0].seen.status is RUNNING, 10)
-    until(lambda: _order(instances, "small")["phase"] == "up", 10)
+    until(lambda: instances.all()[0].seen.status is RUNNING)
+    until(lambda: _order(instances, "small")["phase"] == "up")
     assert runner.events("spawned") == ["spawned small@0", "spawned small@0"]
     assert _order(instances, "small")["boot_id"] == order["boot_id"]
 
@@ -323,11 +323,11 @@ def test_a_watch_begins_anew_in_a_forked_process(instances: Instances, runner: R
     service = Service(told, nvml.environ, forked=True)
     try:
         service.call("start", "small", 0, {})
-        until(lambda: _order(instances, "small")["phase"] == "up", 10)
+        until(lambda: _order(instances, "small")["phase"] == "up")
         (pid,) = instances.pids()
         os.kill(pid, signal.SIGKILL)
 
-        until(lambda: _order(instances, "small")["phase"] == "failed", 10)
+        until(lambda: _order(instances, "small")["phase"] == "failed")
     finally:
         service.kill()
 
@@ -352,7 +352,7 @@ def test_a_torn_file_is_put_aside_and_what_is_known_is_kept(
     after = _next(runner, instances._folder)
     assert after.all() == []
     after.start("small", 0, {})
-    until(lambda: [one.seen.status for one in after.all()] == [RUNNING], 10)
+    until(lambda: [one.seen.status for one in after.all()] == [RUNNING])
     assert runner.events("spawned") == ["spawned small@0"]
     after.close()
 

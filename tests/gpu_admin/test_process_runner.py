@@ -85,7 +85,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     for process in world.processes():
         proc.send(process, signal.SIGKILL)
     # Its reaper still writes to the folder.
-    until(lambda: not any(thread.name.startswith("reaper-") for thread in threading.enumerate()), 10)
+    until(lambda: not any(thread.name.startswith("reaper-") for thread in threading.enumerate()))
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_a_pid_that_is_somebody_elses_by_now_is_never_ended(world: World, reused
     runner, seen = world.started()
     assert seen.pid is not None
     os.kill(seen.pid, signal.SIGKILL)
-    until(lambda: runner.status(WANTED).status is InstanceStatus.ERROR, 10)
+    until(lambda: runner.status(WANTED).status is InstanceStatus.ERROR)
     # A stranger that has the pid, or what is left of its session.
     command = "exec sleep 60" if reused == "process" else "sleep 60 & exec true"
     with subprocess.Popen(["sh", "-c", command], start_new_session=True) as stranger:
@@ -206,10 +206,10 @@ def test_instances_that_start_at_once_get_ports_of_their_own(
 
     for runner, one in zip(runners, wanted, strict=True):
         in_background(lambda runner=runner, one=one: runner.start(one, never))  # type: ignore[misc]
-    until(lambda: all(runners[0].status(one).pid for one in wanted), 20)
+    until(lambda: all(runners[0].status(one).pid for one in wanted))
     # None listened before all had chosen.
     go.touch()
-    until(lambda: all(runners[0].status(one).status is InstanceStatus.RUNNING for one in wanted), 20)
+    until(lambda: all(runners[0].status(one).status is InstanceStatus.RUNNING for one in wanted))
 
     assert len({runners[0].status(one).port for one in wanted}) == 3
 
@@ -246,7 +246,7 @@ def test_who_answers_on_our_port_is_not_taken_for_our_server(
     go = world.folder / "go"
     runner = world.runner(f"after={go}", models={"m": {"port": port}})
     raised = in_background(lambda: runner.start(WANTED, never))
-    until(lambda: runner.status(WANTED).pid is not None, 10)
+    until(lambda: runner.status(WANTED).pid is not None)
 
     with ThreadingHTTPServer(("127.0.0.1", port), vllm_program.Handler) as stranger:
         thread = threading.Thread(target=stranger.serve_forever, args=(0.05,))
@@ -254,7 +254,7 @@ def test_who_answers_on_our_port_is_not_taken_for_our_server(
         answer = requests.get(f"http://127.0.0.1:{port}/v1/models", timeout=10).json()
         meanwhile = runner.status(WANTED).status
         go.touch()
-        until(lambda: raised, 20)
+        until(lambda: raised)
         stranger.shutdown()
         thread.join()
 
@@ -310,7 +310,7 @@ def test_a_server_that_is_killed_is_an_error_and_its_children_go_with_the_next_s
     runner, seen = world.started("child")
     assert seen.pid is not None
     os.kill(seen.pid, signal.SIGKILL)
-    until(lambda: runner.status(WANTED).status is InstanceStatus.ERROR, 10)
+    until(lambda: runner.status(WANTED).status is InstanceStatus.ERROR)
 
     killed = runner.status(WANTED)
     runner.start(WANTED, never)
@@ -352,7 +352,7 @@ def test_a_full_log_is_cut_while_the_server_writes_on(world: World) -> None:
     assert old.read_text().startswith("line 0 of")
     assert log.stat().st_size < 0.01 * 2**20
     assert requests.get(f"http://127.0.0.1:{seen.port}/{'x' * 70_000}", timeout=10).status_code == 414
-    until(lambda: "code 414" in log.read_text(), 10)
+    until(lambda: "code 414" in log.read_text())
     assert b"\0" not in log.read_bytes()
     assert [line.partition(" of a ")[0] for line in runner.log(WANTED, 4)[:2]] == ["line 1998", "line 1999"]
 

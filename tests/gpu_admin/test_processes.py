@@ -185,7 +185,7 @@ def test_one_that_is_gone_is_not_found(processes: Processes, audit: Path, start:
 
 def test_one_that_only_waits_for_its_parent_is_gone(nvml: NvmlStub, processes: Processes, start: Start) -> None:
     child = start("true")
-    until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, 10)
+    until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE)
     nvml.write([Card()], [Held(child.pid)])
 
     with pytest.raises(NotFound):
@@ -324,7 +324,7 @@ def immortal(start: Start) -> Iterator[int]:
     """
     outside = start("unshare", "--fork", "--pid", "sleep", "60")
     try:
-        until(lambda: outside.poll() is not None or psutil.Process(outside.pid).children(), 10)
+        until(lambda: outside.poll() is not None or psutil.Process(outside.pid).children())
         [first] = psutil.Process(outside.pid).children()
     except (psutil.Error, ValueError):
         pytest.skip("pid namespaces cannot be made here")
@@ -343,7 +343,7 @@ def immortal(start: Start) -> Iterator[int]:
         assert inside.stdout is not None
         if inside.stdout.readline() != b"ready\n":
             pytest.skip("pid namespaces cannot be entered here")
-        until(lambda: first.name() == "sleep", 10)
+        until(lambda: first.name() == "sleep")
         yield first.pid
     finally:
         first.kill()

@@ -15,7 +15,7 @@ from tests.rig import until
 
 V1 = "/api/v1"
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z")
-UP_S = 20
+UP_S = 60
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ from tests.gpu_admin.fake_docker import IMAGE, NO_NVIDIA, FakeDocker
 from tests.gpu_admin.triton_case import make_section
 from tests.rig import until
 
-WAIT_S = 20
+WAIT_S = 60
 
 
 class Rig:

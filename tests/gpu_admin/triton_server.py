@@ -30,7 +30,7 @@ CRASH = "the weights of this model are broken"
 CANCELLED = "stopped sleeping: the request was cancelled"
 #: Where a template has the instances' place.
 PLACEHOLDER = "${instance_group}"
-STARTED_S = 30
+STARTED_S = 60
 SHARED_MEMORY = Path("/dev/shm")
 
 #: fast: OUTPUT0 is twice INPUT0, float32 of any length. slow: takes `seconds` to load. crashing: fails to load.

@@ -80,8 +80,8 @@ def test_flower_shows_readable_names_and_nothing_of_a_job(platform, tmp_path):
         # It hears events from the moment it knows the worker.
         platform.until(lambda: api("workers"), 40)
         secret = "canary-7f3a"
-        row = platform.ended(platform.submit(f"tell nobody {secret}"), 10)
-        platform.until(lambda: api("tasks").get(row.id, {}).get("state") == "SUCCESS", 20)
+        row = platform.ended(platform.submit(f"tell nobody {secret}"))
+        platform.until(lambda: api("tasks").get(row.id, {}).get("state") == "SUCCESS")
         pages = [requests.get(f"{url}{path}", timeout=5).text for path in ("/tasks", f"/task/{row.id}", "/workers")]
         shown = api("tasks")[row.id]
     finally:

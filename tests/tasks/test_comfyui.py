@@ -36,8 +36,8 @@ def submit(platform, workflow):
 def test_a_workflow_goes_the_whole_way_its_cancel_reaches_comfyui_and_it_outlives_comfyui(platform, comfyui):
     worker = platform.start_worker(queues=QUEUE, GPU_COMFYUI_URL=comfyui[0].url)
     row = submit(platform, blurred(20, 1))
-    platform.until(lambda: (told := platform.dispatch.progress(platform.row(row))) and told.done, 10)
-    row = platform.ended(row, 20)
+    platform.until(lambda: (told := platform.dispatch.progress(platform.row(row))) and told.done)
+    row = platform.ended(row)
 
     assert (row.status, row.worker_id) == (JobState.COMPLETED, worker.id)
     result = json.loads(row.result)
@@ -45,15 +45,15 @@ def test_a_workflow_goes_the_whole_way_its_cancel_reaches_comfyui_and_it_outlive
     assert [image["node"] for image in result["images"]] == ["save"]
 
     row = submit(platform, blurred(100, 2))
-    platform.until(comfyui[0].running, 10)
+    platform.until(comfyui[0].running)
     prompt = comfyui[0].running()[0]
     platform.dispatch.cancel(row)
-    platform.until(lambda: "execution_interrupted" in comfyui[0].statuses().get(prompt, []), 10)
+    platform.until(lambda: "execution_interrupted" in comfyui[0].statuses().get(prompt, []))
     assert platform.status(row) is JobState.CANCELLED
 
     # The slot is free again.
     row = submit(platform, blurred(30, 3))
-    platform.until(comfyui[0].running, 10)
+    platform.until(comfyui[0].running)
     comfyui[0].kill()
     assert worker.process.wait(20) == 70
     comfyui.append(ComfyUi(comfyui[0].folder, port=comfyui[0].port))

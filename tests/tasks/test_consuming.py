@@ -31,29 +31,29 @@ def test_a_flood_of_one_type_leaves_the_other_its_slots(platform):
     worker = platform.start_worker(queues=BOTH, **ECHO)
     flood = [platform.submit("sleep 60") for _ in range(100)]
     # What finds no slot stays with the broker, where any worker could take it.
-    platform.until(lambda: depth(platform) == 36, 20)
+    platform.until(lambda: depth(platform) == 36)
 
-    other = platform.ended(platform.submit("now", job_type=JobType.EMBEDDING), 5)
+    other = platform.ended(platform.submit("now", job_type=JobType.EMBEDDING))
     assert (other.status, other.worker_id) == (JobState.COMPLETED, worker.id)
     assert depth(platform) == 36
 
     # A slot that becomes free is filled, although the worker waits for the other type meanwhile.
     running = next(row for row in flood if platform.status(row) is JobState.RUNNING)
     platform.dispatch.cancel(running)
-    platform.until(lambda: depth(platform) == 35, 5)
+    platform.until(lambda: depth(platform) == 35)
 
 
 def test_two_types_take_turns_for_the_last_slot_and_the_more_urgent_goes_first(platform):
     worker = platform.start_worker(queues=BOTH, GPU_MAX_CONCURRENT_JOBS="1", **ECHO)
     first = platform.submit("sleep 60")
-    platform.until(lambda: platform.status(first) is JobState.RUNNING, 10)
+    platform.until(lambda: platform.status(first) is JobState.RUNNING)
 
     rows = {f"chat {n}": platform.submit(f"chat {n}") for n in range(4)}
     rows |= {f"vector {n}": platform.submit(f"vector {n}", job_type=JobType.EMBEDDING) for n in range(4)}
     rows |= {"urgent": platform.submit("urgent", priority=9)}
     # However long that takes: the slot must find them all.
     publisher = platform.dispatch.links["asia-east"].broker.publisher
-    platform.until(lambda: list(publisher.depths(BOTH.split(",")).values()) == [5, 4], 20)
+    platform.until(lambda: list(publisher.depths(BOTH.split(",")).values()) == [5, 4])
     platform.dispatch.cancel(first)
 
     done = order(platform, worker, rows)
@@ -68,14 +68,14 @@ def test_a_worker_outside_its_hours_takes_nothing_and_one_within_them_does(platf
     off = platform.start_worker(GPU_WORKING_HOURS_START=str((now + timedelta(hours=3)).hour), **hours)
     row = platform.submit("anybody")
     ledger = platform.dispatch.links["asia-east"].mailbox.ledger
-    platform.until(lambda: ledger.position(row.id, "asia-east.llm"), 5)
+    platform.until(lambda: ledger.position(row.id, "asia-east.llm"))
 
     on = platform.start_worker(GPU_WORKING_HOURS_START=str((now - timedelta(hours=3)).hour), **hours)
 
-    assert platform.ended(row, 10).worker_id == on.id
+    assert platform.ended(row).worker_id == on.id
     shown = {off.id: WorkerState.OFF_DUTY, on.id: WorkerState.READY}
     link = platform.dispatch.links["asia-east"]
-    platform.until(lambda: {card.worker_id: card.state for card in link.cards()} == shown, 5)
+    platform.until(lambda: {card.worker_id: card.state for card in link.cards()} == shown)
 
 
 def test_at_half_its_share_a_worker_takes_twice_as_long(platform):
@@ -100,16 +100,16 @@ def test_messages_that_nobody_can_run_cost_no_slot(platform):
     publisher = platform.dispatch.links["asia-east"].broker.publisher
     publisher.publish(Job("unknown", JobType.LLM, 1), queue=QUEUE, priority=0)
 
-    assert platform.ended(platform.submit("after"), 10).worker_id == worker.id
+    assert platform.ended(platform.submit("after")).worker_id == worker.id
 
 
 def test_a_worker_that_has_nothing_to_ask_for_outlives_the_broker(platform, valkey):
     worker = platform.start_worker(GPU_MAX_CONCURRENT_JOBS="1")
     row = platform.submit("sleep 3")
-    platform.until(lambda: platform.status(row) is JobState.RUNNING, 10)
+    platform.until(lambda: platform.status(row) is JobState.RUNNING)
 
     # Its one slot is taken, so no pop is under way; the server drops all connections.
     valkey.client(0).execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
 
-    assert platform.ended(row, 10).attempt == 1
+    assert platform.ended(row).attempt == 1
     assert platform.ended(platform.submit("after"), 15).worker_id == worker.id

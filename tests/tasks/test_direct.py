@@ -253,7 +253,7 @@ def test_a_job_beyond_the_slots_is_refused_at_once_and_may_come_again(paused):
     token = paused.token()
     thread = threading.Thread(target=paused.post)
     thread.start()
-    until(lambda: paused.duty.room(JobType.LLM) == 0, 5)
+    until(lambda: paused.duty.room(JobType.LLM) == 0)
 
     refused = paused.post(token=token)
     paused.engine.go.set()
@@ -287,12 +287,12 @@ def test_a_client_that_hangs_up_cancels_its_job(paused, kind):
     )
     with socket.create_connection((HERE, int(paused.url.rpartition(":")[2]))) as connection:
         connection.sendall(request.encode())
-        until(lambda: paused.ledger.store.smembers("running:w1"), 5)
+        until(lambda: paused.ledger.store.smembers("running:w1"))
         (job_id,) = paused.ledger.store.smembers("running:w1")
 
-    until(lambda: paused.ledger.look(job_id).outcome is not None, 5)
+    until(lambda: paused.ledger.look(job_id).outcome is not None)
     assert paused.ledger.look(job_id).outcome.outcome is JobState.CANCELLED
-    until(lambda: paused.duty.room(JobType.LLM) == 1, 5)
+    until(lambda: paused.duty.room(JobType.LLM) == 1)
 
 
 def test_an_owners_cancel_ends_the_job_and_tells_its_client(paused):
@@ -310,7 +310,7 @@ def test_a_draining_worker_refuses_jobs_and_answers_those_that_run(paused):
     answers = []
     thread = threading.Thread(target=lambda: answers.append(paused.post()))
     thread.start()
-    until(lambda: paused.duty.room(JobType.LLM) == 0, 5)
+    until(lambda: paused.duty.room(JobType.LLM) == 0)
 
     paused.station.drain()
     refused = paused.post()

@@ -184,11 +184,11 @@ def test_a_worker_that_dies_comes_back_under_its_name_and_all_drain(launch):
     launcher.worker("asia-east-cpu0").kill()
     launcher.hears(r"asia-east-cpu0 +\| .*serves llm", 2)
     jobs = [platform.submit("sleep 2") for _ in range(2)]
-    platform.until(lambda: all(platform.status(job) is JobState.RUNNING for job in jobs), 10)
+    platform.until(lambda: all(platform.status(job) is JobState.RUNNING for job in jobs))
     launcher.process.terminate()
 
     assert launcher.ends(20) == 0, launcher.said
-    done = [platform.ended(job, 10) for job in jobs]
+    done = [platform.ended(job) for job in jobs]
     assert [job.status for job in done] == [JobState.COMPLETED] * 2
     assert [job.attempt for job in done] == [1, 1]
     names = {worker_id.rpartition("-")[0] for worker_id in launcher.find(r"worker (\S+) serves")}
@@ -218,7 +218,7 @@ def test_a_second_signal_ends_a_worker_that_does_not_drain(launch):
     launcher.hears("starting, pid")
     worker = launcher.worker("asia-east-cpu")
     # Until then it is a copy of the launcher, which waits for it.
-    until(lambda: any("celery" in word for word in worker.cmdline()), 20)
+    until(lambda: any("celery" in word for word in worker.cmdline()))
     worker.send_signal(signal.SIGSTOP)
 
     launcher.process.send_signal(signal.SIGINT)
@@ -239,7 +239,7 @@ def test_every_gpu_of_the_host_gets_a_worker_that_sees_no_other(launch, tmp_path
     launcher.hears("starting, pid", 2)
     workers = [launcher.worker(f"asia-east-gpu{number}") for number in range(2)]
     # Until then it is a copy of the launcher.
-    until(lambda: all("celery" in worker.cmdline() for worker in workers), 10)
+    until(lambda: all("celery" in worker.cmdline() for worker in workers))
     seen = [worker.environ() for worker in workers]
     launcher.process.kill()
 

@@ -15,6 +15,7 @@ from tasks.ledger import Ledger
 from tasks.presence import LEASE_S
 from tasks.records import Answer, Queued, Standing
 from tasks.store import StoreError, open_store
+from tests.rig import BUSY_S
 
 QUEUE = "asia-east.llm"
 
@@ -429,7 +430,7 @@ def test_a_frozen_store_is_given_up_in_time(store_url, valkey):
     with pytest.raises(StoreError):
         put(ledger, new_job())
 
-    assert time.monotonic() - began < 1.5
+    assert time.monotonic() - began < 1.5 + BUSY_S
 
 
 class LedgerMachine(RuleBasedStateMachine):

@@ -8,7 +8,7 @@ from engines.schemas import RESULTS, load_params
 from tasks.job import JobState
 from tests.gpu_admin.triton_server import CANCELLED, TritonServer, write_model
 
-HEARD_S = 10
+HEARD_S = 45
 
 
 def submit(platform, model, *values):
