@@ -10,6 +10,7 @@ from flask import Response, jsonify, url_for
 from app import examples
 from app.audit import note_foreign
 from app.auth import caller, requires
+from app.dispatch import Submitted
 from app.errors import JobEnded, JobNotFound, NotAgain
 from app.job_table import JobRow
 from app.keys import Scope
@@ -70,11 +71,7 @@ def create(query: dict[str, Any], headers: dict[str, Any], wanted: Request) -> A
         return jsonify(_DRY_RUN.dump(DryRun(origin, dispatch.placement.forecast(wanted))))
     admit()
     submitted = dispatch.submit(caller().owner, wanted, idempotency_key=headers["idempotency_key"])
-    row = submitted.row
-    extra = {"Location": url_for("jobs.show", job_id=row.id), "X-Job-Id": row.id}
-    if submitted.replayed:
-        extra["Idempotent-Replayed"] = "true"
-    return Shown(row, dispatch.placement.place(row, submitted.standing, newest=not submitted.replayed)), 202, extra
+    return _accepted(submitted)
 
 
 @blueprint.post("/sync")
@@ -209,11 +206,7 @@ def retry(headers: dict[str, Any], job_id: str) -> Any:
         raise NotAgain("input_pruned", detail, row.status)
     admit()
     submitted = dispatch.submit(row.owner, wanted, idempotency_key=headers["idempotency_key"])
-    extra = {"Location": url_for("jobs.show", job_id=submitted.row.id), "X-Job-Id": submitted.row.id}
-    if submitted.replayed:
-        extra["Idempotent-Replayed"] = "true"
-    place = dispatch.placement.place(submitted.row, submitted.standing, newest=not submitted.replayed)
-    return Shown(submitted.row, place), 202, extra
+    return _accepted(submitted)
 
 
 @blueprint.get("")
@@ -250,3 +243,13 @@ def _find(job_id: str) -> JobRow:
     if row.owner != caller().owner:
         note_foreign(row.owner)
     return row
+
+
+def _accepted(submitted: Submitted) -> Any:
+    """202: the job as it stands, and where to look for it."""
+    row = submitted.row
+    extra = {"Location": url_for("jobs.show", job_id=row.id), "X-Job-Id": row.id}
+    if submitted.replayed:
+        extra["Idempotent-Replayed"] = "true"
+    place = dispatch_here().placement.place(row, submitted.standing, newest=not submitted.replayed)
+    return Shown(row, place), 202, extra

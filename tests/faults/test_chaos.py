@@ -10,9 +10,6 @@ from tests.chaos.harness import Plan
 from tests.chaos.parts import Gone, Run
 from tests.chaos.scene import Strike
 
-# To start a platform takes long where the cores are busy.
-pytestmark = pytest.mark.timeout(300)
-
 #: Those that need no patience: the others are in the large runs, and each by itself in the tests beside this one.
 QUICK = ("worker-kill", "api-commit", "control-kill", "store-kill", "store-flush", "sql-lock", "wire-cut", "race")
 

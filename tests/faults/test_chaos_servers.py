@@ -5,9 +5,6 @@ import pytest
 from tests.chaos import harness
 from tests.chaos.harness import Plan
 
-# To start a platform takes long where the cores are busy.
-pytestmark = pytest.mark.timeout(300)
-
 #: By backend, those that its servers answer for.
 KINDS = {
     "postgres": ("worker-kill", "api-publish", "store-kill", "sql-away", "store-flush"),

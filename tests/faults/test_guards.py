@@ -7,9 +7,6 @@ import pytest
 from tests.chaos import guards, harness
 from tests.chaos.harness import Plan
 
-# To start a platform takes long where the cores are busy.
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.mark.parametrize(
     ("guard", "kind", "seen", "workers"),

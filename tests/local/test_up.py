@@ -20,8 +20,6 @@ UP = "everything is up"
 #: Starting and stopping take a few seconds each; more on a machine that is busy with other tests.
 LIMIT_S = 90
 
-pytestmark = pytest.mark.timeout(300)
-
 
 @pytest.fixture
 def environ(tmp_path: Path) -> dict[str, str]:
